@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from loramill.kernels.adapter import RANK, scales_offset
@@ -52,9 +53,11 @@ def adapt_embedding(
 
 def batch_of_rows(batch: Batch, rows: Sequence[int], slab: SiteSlab) -> Batch:
     """The batch of some of a batch's rows, in ascending order, with only the runs whose adapters target this site."""
+    targeted = slab.table[batch.segments[:, 0], :, RANK].any(axis=1)
     runs = []
-    for run in batch.runs:
+    for index in np.flatnonzero(targeted):
+        run = batch.runs[index]
         part = slice(bisect_left(rows, run.rows.start), bisect_left(rows, run.rows.stop))
-        if part.start < part.stop and slab.table[run.slot.index, :, RANK].any():
+        if part.start < part.stop:
             runs.append(Run(run.slot, part))
     return Batch(len(rows), tuple(runs))

@@ -42,6 +42,8 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
     slab.slab.check(batch)
     work = batch.memo.get((StepWork, slab.slab))
     if work is None:
+        if not batch.runs:
+            return
         work = batch.memo[StepWork, slab.slab] = build_work(slab.slab, batch)
     if work.count:
         site = work.resident.sites[slab.index]

@@ -11,15 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError
 from loramill.kernels import Batch
+from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
-from loramill.serve.engine.sampler import Sampler, sample, token_logprobs
+from loramill.serve.engine.sampling.device_sampler import DeviceSampler
+from loramill.serve.engine.sampling.logprobs import token_logprobs
+from loramill.serve.engine.sampling.sampler import Sampler, sample
 from loramill.serve.engine.scheduler import ScheduledChunk, Scheduler, StepPlan
 from loramill.serve.engine.sequence import RunningSequence
 from loramill.serve.engine.stats import Statistics
@@ -83,6 +87,8 @@ class Engine:
 
     def _init_state(self) -> None:
         c = self._config
+        # Made for the first logits on a GPU.
+        self._device_sampler: DeviceSampler | None = None
         blocks = c.kv_tokens // c.block_size
         self._cache = self._model.new_cache(blocks, c.block_size)
         self._residency = Residency(c.adapter_slots, c.slot_patience_steps)
@@ -281,12 +287,21 @@ class Engine:
         ends = list(itertools.accumulate(batch.logits_to_keep))
         last = logits
         if len(batch.sampled) < len(logits):
-            last = logits[[end - 1 for end, chunk in zip(ends, batch.chunks, strict=True) if chunk.sampled]]
-        tokens = sample(last, [state.sampler for state in batch.sampled])
+            last = _rows(logits, [end - 1 for end, chunk in zip(ends, batch.chunks, strict=True) if chunk.sampled])
+        tokens = self._sample_tokens(last, [state.sampler for state in batch.sampled])
         logprobs = _logprobs(batch.sampled, tokens, last)
         for chunk, state, end in zip(batch.chunks, batch.states, ends, strict=True):
-            state.add_prompt_logprobs(chunk, logits[:end])
+            state.add_prompt_logprobs(chunk, logits, end)
         return list(zip(tokens, logprobs, strict=True))
+
+    def _sample_tokens(self, logits: torch.Tensor, samplers: list[Sampler]) -> list[int | None]:
+        if logits.device.type == "cpu":
+            return sample(logits, samplers)
+        if self._device_sampler is None:
+            self._device_sampler = DeviceSampler(self._model.vocabulary, logits.device)
+        # Here the host waits for the device, once per step.
+        tokens: list[int] = self._device_sampler.sample(logits, samplers).tolist()
+        return [None if token < 0 else token for token in tokens]
 
     def _emit(self, batch: _StepBatch, tokens: Sequence[_SampledToken]) -> None:
         """Records the step and puts out the sampled tokens."""
@@ -364,9 +379,13 @@ def _logprobs(
     logprobs: list[tuple[TokenLogprobs, ...]] = [()] * len(states)
     if requested:
         rows, chosen, tops = zip(*requested, strict=True)
-        for row, entry in zip(rows, token_logprobs(logits[list(rows)], chosen, tops), strict=True):
+        for row, entry in zip(rows, token_logprobs(_rows(logits, rows), chosen, tops), strict=True):
             logprobs[row] = (entry,)
     return logprobs
+
+
+def _rows(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return logits[to_device(np.array(rows, np.int64), logits.device)]
 
 
 def _failed(state: RequestState, error: LoramillError) -> Output:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loramill.serve.engine.sampler import Sampler, token_logprobs
+from loramill.serve.engine.sampling.logprobs import token_logprobs
+from loramill.serve.engine.sampling.sampler import Sampler
 from loramill.serve.engine.scheduler import ScheduledChunk
 from loramill.serve.engine.sequence import RunningSequence
 from loramill.serve.engine.types import FinishReason, Output, Request, TokenLogprobs
@@ -70,17 +71,19 @@ class RequestState:
             return chunk.count
         return int(chunk.sampled)
 
-    def add_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
+    def add_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor, end: int) -> None:
         """Keeps the log probabilities of an echoed prompt's tokens.
 
         Args:
             chunk: What was computed.
-            logits: float32 [rows, vocabulary]; the last rows are those of `logits_to_keep`.
+            logits: float32 [rows, vocabulary].
+            end: The row after the last of those of `logits_to_keep`.
         """
         top = self.request.sampling_params.logprobs
         if self.echo_pending and top is not None and self.logits_to_keep(chunk) == chunk.count:
             targets = self.request.tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-            rows = logits[len(logits) - chunk.count :][: len(targets)]
+            first = end - chunk.count
+            rows = logits[first : first + len(targets)]
             # An answer that was preempted starts again.
             self.prompt_logprobs[chunk.start :] = token_logprobs(rows, targets, [top] * len(targets))
 

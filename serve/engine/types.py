@@ -33,8 +33,12 @@ class TokenMask(Protocol):
         """The error that ends the answer, if there is one."""
         ...
 
-    def allowed(self) -> npt.NDArray[np.bool_]:
-        """Whether each token may come next, [vocabulary]; at least one may. Stop tokens may if the answer may end."""
+    def allowed_bits(self) -> npt.NDArray[np.uint8]:
+        """Whether each token may come next, one bit per token; at least one may. Stop tokens may if the answer may end.
+
+        Returns:
+            uint8 [vocabulary / 8, rounded up]; the first token's bit is the lowest of the first byte.
+        """
         ...
 
     def accept(self, token: int) -> None:

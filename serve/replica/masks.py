@@ -72,7 +72,8 @@ class ConstraintCompiler:
         matcher = LLMatcher(self._grammar_tokenizer, grammar, limits=_LIMITS, log_level=0)
         if matcher.is_error():
             raise InvalidRequest(f"{_reason(matcher)}.")
-        first = np.flatnonzero(_allowed(matcher, self._vocabulary))
+        bits = _allowed_bits(matcher, self._vocabulary)
+        first = np.flatnonzero(np.unpackbits(bits, count=self._vocabulary, bitorder="little"))
         if not np.setdiff1d(first, self._chat_tokenizer.stop_ids).size:
             raise InvalidRequest("nothing satisfies the schema.")
         return matcher
@@ -120,19 +121,19 @@ class _GrammarMask:
             param=self._param,
         )
 
-    def allowed(self) -> npt.NDArray[np.bool_]:
+    def allowed_bits(self) -> npt.NDArray[np.uint8]:
         """The tokens after which the grammar can still be satisfied; after an error, the stop tokens."""
-        return _allowed(self._matcher, self._vocabulary)
+        return _allowed_bits(self._matcher, self._vocabulary)
 
     def accept(self, token: int) -> None:
         """Advances by a token."""
         self._matcher.consume_token(token)
 
 
-def _allowed(matcher: LLMatcher, vocabulary: int) -> npt.NDArray[np.bool_]:
+def _allowed_bits(matcher: LLMatcher, vocabulary: int) -> npt.NDArray[np.uint8]:
     bits = np.zeros(-(-vocabulary // 32), np.uint32)
     matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-    return np.unpackbits(bits.view(np.uint8), count=vocabulary, bitorder="little").view(np.bool_)
+    return bits.view(np.uint8)[: -(-vocabulary // 8)]
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from loramill.errors import InvalidRequest
 from loramill.serve.engine import FinishReason, SamplingParams
-from loramill.serve.engine.sampler import Sampler, sample
+from loramill.serve.engine.sampling.sampler import Sampler, sample
 
 VOCABULARY = 101
 STOP = 7
@@ -29,14 +29,18 @@ class Steps:
     def error(self) -> InvalidRequest | None:
         return InvalidRequest("too complex") if len(self.taken) == self._breaks else None
 
-    def allowed(self) -> np.ndarray:
+    def allowed_bits(self) -> np.ndarray:
         tokens = np.arange(VOCABULARY) % 5 == len(self.taken) % 5
         tokens[STOP] = len(self.taken) in self._may_stop
-        return tokens
+        return np.packbits(tokens, bitorder="little")
 
     def accept(self, token: int) -> None:
-        assert self.allowed()[token] and token != STOP
+        assert is_allowed(self, token) and token != STOP
         self.taken.append(token)
+
+
+def is_allowed(mask: Steps, token: int) -> bool:
+    return bool(np.unpackbits(mask.allowed_bits(), bitorder="little")[token])
 
 
 def fits(tokens: list[int]) -> bool:

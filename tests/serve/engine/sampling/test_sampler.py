@@ -9,20 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from loramill.serve.engine import SamplingParams
-from loramill.serve.engine import sampler as sampling
-from loramill.serve.engine.sampler import Sampler, _mix, argmax_by_torch, sample, token_logprobs
+from loramill.serve.engine.sampling.sampler import Sampler, _mix, sample
 
-LOGITS = torch.tensor([1.0, 3.0, 0.5, 2.0, -1.0])
+from .distributions import KNOBS, LOGITS, assert_drawn_from, naive, oracle
 
 
 def tokens(logits, count, prompt=(), index=0, **knobs) -> list[int]:
@@ -34,62 +26,6 @@ def tokens(logits, count, prompt=(), index=0, **knobs) -> list[int]:
         sampler.accept(token)
         answer.append(token)
     return answer
-
-
-def naive(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """The distribution by the definitions, one filter after the other, each renormalised; float64."""
-    x = logits.double().numpy()
-    p = np.exp((x - x.max()) / temperature)
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    if top_k:
-        p[order[top_k:]] = 0.0
-        p /= p.sum()
-    before = p[order].cumsum() - p[order]
-    p[order[1:][before[1:] >= top_p]] = 0.0
-    p /= p.sum()
-    p[p < min_p * p.max()] = 0.0
-    return p / p.sum()
-
-
-def oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """The same by transformers, in its own order."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    warpers += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
-    return warpers(None, logits[None].double())[0].softmax(-1).numpy()
-
-
-def assert_drawn_from(p: np.ndarray, drawn: list[int]) -> None:
-    """Pearson's chi-square at a chance of about one in 10^6, by Wilson and Hilferty; nothing of probability 0."""
-    counts = np.bincount(drawn, minlength=len(p))
-    assert not counts[p == 0].any()
-    expected = p * len(drawn)
-    common = expected >= 5
-    got = np.append(counts[common], counts[~common].sum())
-    due = np.append(expected[common], expected[~common].sum())
-    got, due = got[due > 0], due[due > 0]
-    freedom = len(got) - 1
-    if freedom:
-        chi = ((got - due) ** 2 / due).sum()
-        assert (chi / freedom) ** (1 / 3) < 1 - 2 / (9 * freedom) + 4.8 * math.sqrt(2 / (9 * freedom))
-
-
-KNOBS = [
-    {},
-    {"temperature": 0.5},
-    {"temperature": 2.0, "top_k": 3},
-    {"top_p": 0.7},
-    {"top_p": 0.99},
-    {"temperature": 2.0, "top_k": 4, "top_p": 0.6},
-    {"top_k": 1},
-    {"top_p": 0.01},
-    {"top_k": 50},
-    {"min_p": 0.2},
-    {"min_p": 1.0},
-    {"temperature": 3.0, "top_k": 4, "top_p": 0.95, "min_p": 0.5},
-]
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
@@ -344,45 +280,3 @@ def test_broken_rows_give_no_token_and_other_rows_do(broken, temperature):
     got = sample(logits, rows)
     assert [token is None for token in got] == [False, True, True, False]
     assert got[3] != 1
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 40).flatmap(
-        lambda width: st.lists(
-            st.lists(st.sampled_from([0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]), min_size=width, max_size=width),
-            max_size=6,
-        )
-    )
-)
-def test_the_argmax_for_a_gpu_equals_greedy_sampling(rows):
-    logits = torch.tensor(rows or [[0.0]])[: len(rows)]
-    assert argmax_by_torch(logits) == sample(logits, [Sampler(SamplingParams(9), []) for _ in rows])
-
-
-def test_greedy_rows_use_the_argmax_for_a_gpu_and_others_are_sampled(monkeypatch):
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    logits[4, 7] = math.nan
-    sampled = [SamplingParams(9), SamplingParams(9, 1.0, seed=1), SamplingParams(9, logit_bias=((3, 99.0),))] * 2
-    due = sample(logits, [Sampler(one, []) for one in sampled])
-    monkeypatch.setattr(sampling, "_argmax_by_numpy", argmax_by_torch)
-    assert sample(logits, [Sampler(one, []) for one in sampled]) == due
-    assert due[2] == 3 and due[4] is None
-
-
-def test_logprobs_are_natural_and_sum_to_one():
-    first, second = token_logprobs(LOGITS.repeat(2, 1), [3, 1], [20, 2])
-    assert [token for token, _ in first.top] == [1, 3, 0, 2, 4]
-    assert sum(math.exp(logprob) for _, logprob in first.top) == pytest.approx(1.0)
-    assert first.token == 3 and first.logprob == first.top[1][1]
-    assert second.top == first.top[:2] and second.logprob == first.top[0][1]
-    assert token_logprobs(LOGITS[None], [4], [0])[0].top == ()
-
-
-def test_logprobs_of_a_row_do_not_depend_on_the_others():
-    logits = torch.randn(33, 1003, generator=torch.Generator().manual_seed(2)).round(decimals=1)
-    chosen, tops = list(range(33)), [row % 21 for row in range(33)]
-    together = token_logprobs(logits, chosen, tops)
-    assert together == [token_logprobs(logits[row : row + 1], [row], [row % 21])[0] for row in range(33)]
-    due = logits.double().log_softmax(-1)
-    assert [entry.logprob for entry in together] == pytest.approx([float(due[row, row]) for row in range(33)], abs=1e-5)

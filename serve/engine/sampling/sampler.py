@@ -1,21 +1,21 @@
-"""Samples tokens from rows of logits.
+"""Samples tokens from rows of logits on the host; for logits on a GPU see `device_sampler`.
 
 Each row is processed alone, in numpy: its token depends on its logits and its request only, and a row of 50,000 logits
-stays in a core's cache from the first pass to the last. Of logits on a GPU, only the rows that need more than the most
-probable token are copied to the host.
+stays in a core's cache from the first pass to the last.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loramill.errors import LoramillError
-from loramill.serve.engine.types import TokenLogprobs, TokenMask
+from loramill.serve.engine.types import TokenMask
 from loramill.serve.sampling_params import SamplingParams
 
 Row = npt.NDArray[np.float32]
@@ -28,7 +28,23 @@ GREEDY_BELOW = 1e-5
 _BLOCK = 256
 
 _UINT64_MAX = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, odd: SplitMix64's stride
+#: SplitMix64's stride: 2^64 divided by the golden ratio, made odd.
+STRIDE = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Shifts:
+    """Changes of one row's logits.
+
+    Attributes:
+        seen: Tokens that the repetition penalty applies to.
+        shifted: Tokens with an amount: a bias, or the presence and frequency penalties.
+        amounts: What is added to their logits, float64.
+    """
+
+    seen: npt.NDArray[np.intp]
+    shifted: npt.NDArray[np.intp]
+    amounts: Doubles
 
 
 class Sampler:
@@ -39,17 +55,21 @@ class Sampler:
 
     Attributes:
         params: The sampling parameters.
+        mask: The tokens that may come next; None: all.
+        key: 64 bits; the random bits of token i are SplitMix64's at `key + i * STRIDE`.
         sampled_tokens: Number of tokens accepted so far.
     """
 
     __slots__ = (
+        "__weakref__",
         "_amounts",
         "_index_of",
-        "_key",
-        "_mask",
+        "_last_token",
         "_penalized",
         "_seen",
         "_shifted",
+        "key",
+        "mask",
         "params",
         "sampled_tokens",
     )
@@ -67,8 +87,8 @@ class Sampler:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.params = params
         self.sampled_tokens = 0
-        self._key = _mix(seed + index)
-        self._mask = mask
+        self.key = _mix(seed + index)
+        self.mask = mask
         self._seen = np.unique(np.array(prompt if params.repetition_penalty != 1.0 else (), np.intp))
         bias = dict(params.logit_bias)
         # Tokens with an amount to add to their logits: a bias, or the presence and frequency penalties.
@@ -76,28 +96,30 @@ class Sampler:
         self._amounts = np.array([*bias.values()], np.float64)
         self._index_of = {token: position for position, token in enumerate(bias)}
         self._penalized: set[int] = set()
+        self._last_token = 0
 
     @property
     def is_greedy(self) -> bool:
         """Whether the next token is the most probable one by unchanged logits."""
-        return self.params.temperature < GREEDY_BELOW and not self._changes and self._mask is None
+        return self.params.temperature < GREEDY_BELOW and not self._changes and self.mask is None
 
     @property
     def finished(self) -> bool:
         """Whether the mask allows no further token."""
-        return self._mask is not None and self._mask.finished
+        return self.mask is not None and self.mask.finished
 
     @property
     def error(self) -> LoramillError | None:
         """The mask's error, if it has one."""
-        return None if self._mask is None else self._mask.error
+        return None if self.mask is None else self.mask.error
 
     def accept(self, token: int) -> None:
         """Appends a token to the answer."""
         s = self.params
         self.sampled_tokens += 1
-        if self._mask is not None:
-            self._mask.accept(token)
+        self._last_token = token
+        if self.mask is not None:
+            self.mask.accept(token)
         if s.repetition_penalty != 1.0:
             self._seen = np.append(self._seen, token)
         if s.presence_penalty or s.frequency_penalty:
@@ -110,8 +132,9 @@ class Sampler:
             The token; None if the mask allows only tokens whose logits are -inf.
         """
         row = logits
-        if self._mask is not None:
-            row = np.where(self._mask.allowed(), logits, np.float32(-np.inf))
+        if self.mask is not None:
+            allowed = np.unpackbits(self.mask.allowed_bits(), count=len(logits), bitorder="little").view(np.bool_)
+            row = np.where(allowed, logits, np.float32(-np.inf))
             if not row.max() > -np.inf:
                 return None
         if self._changes:
@@ -121,11 +144,32 @@ class Sampler:
         if self.params.temperature < GREEDY_BELOW:
             return int(row.argmax())
         # SplitMix64 at the token's position in the answer.
-        return _draw(row, self.params, _mix(self._key + self.sampled_tokens * _GOLDEN))
+        return _draw(row, self.params, _mix(self.key + self.sampled_tokens * STRIDE))
 
     @property
     def _changes(self) -> bool:
         return bool(len(self._seen) or len(self._shifted) or self.sampled_tokens < self.params.min_tokens)
+
+    @property
+    def has_shifts(self) -> bool:
+        """Whether penalties or a bias change logits at any position."""
+        s = self.params
+        return bool(s.logit_bias or s.presence_penalty or s.frequency_penalty) or s.repetition_penalty != 1.0
+
+    def shifts_since(self, sampled_tokens: int | None) -> Shifts:
+        """What has changed since the answer had `sampled_tokens` tokens, and possibly more; None: everything."""
+        s, last = self.params, self._last_token
+        if sampled_tokens is None or sampled_tokens < self.sampled_tokens - 1:
+            return Shifts(self._seen, self._shifted, self._amounts)
+        new = slice(0, self.sampled_tokens - sampled_tokens)
+        seen = np.array([last] if s.repetition_penalty != 1.0 else [], np.intp)[new]
+        shifted = np.array([last] if s.presence_penalty or s.frequency_penalty else [], np.intp)[new]
+        return Shifts(seen, shifted, self._amounts[[self._index_of[token] for token in shifted]])
+
+    @property
+    def banned_tokens(self) -> tuple[int, ...]:
+        """Stop tokens that may not come next because the answer has fewer than `min_tokens` tokens."""
+        return self.params.stop_ids if self.sampled_tokens < self.params.min_tokens else ()
 
     def _penalize(self, token: int) -> None:
         index = self._index_of.setdefault(token, len(self._shifted))
@@ -142,8 +186,8 @@ class Sampler:
         seen = row[self._seen]
         row[self._seen] = np.where(seen > 0, seen / s.repetition_penalty, seen * s.repetition_penalty)
         row[self._shifted] += self._amounts
-        if self.sampled_tokens < s.min_tokens:
-            row[[token for token in s.stop_ids if token < len(row)]] = -np.inf
+        if banned := self.banned_tokens:
+            row[[token for token in banned if token < len(row)]] = -np.inf
         return row
 
 
@@ -156,55 +200,21 @@ def sample(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int | None
     repetition penalty, and in what top_p is a fraction of. If all tokens that the mask allows are banned, none is.
 
     Args:
-        logits: float32 [rows, vocabulary], on any device.
+        logits: float32 [rows, vocabulary], on the CPU.
         samplers: One per row.
 
     Returns:
         A token per row; None where the highest allowed logit is not finite.
     """
-    most_probable = _argmax_by_numpy(logits) if logits.device.type == "cpu" else argmax_by_torch(logits)
-    # A logit of float32's minimum means -inf, and may become it.
-    with np.errstate(over="ignore"):
-        return [
-            first if first is None or sampler.is_greedy else sampler.sample(row.numpy(force=True))
-            for sampler, row, first in zip(samplers, logits, most_probable, strict=True)
-        ]
-
-
-def argmax_by_torch(logits: torch.Tensor) -> list[int | None]:
-    """Each row's most probable token, the first of equals; None where its logit is not finite, as with a NaN.
-
-    Only the result leaves the logits' device.
-    """
-    tokens = logits.argmax(-1, keepdim=True)
-    found = torch.cat([tokens, logits.gather(1, tokens).isfinite()], 1).tolist()
-    return [token if finite else None for token, finite in found]
-
-
-def _argmax_by_numpy(logits: torch.Tensor) -> list[int | None]:
-    """`argmax_by_torch` on the CPU, where numpy is many times as fast."""
     values: npt.NDArray[np.float32] = logits.numpy(force=True)
     tokens = values.argmax(-1)
     finite = np.isfinite(values[np.arange(len(values)), tokens])
-    return [int(token) if ok else None for token, ok in zip(tokens, finite, strict=True)]
-
-
-def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
-    """Log probabilities of each row's token and of its most probable tokens, best first.
-
-    Args:
-        logits: float32 [rows, vocabulary], as the model returned them.
-        tokens: One per row.
-        tops: Number of most probable tokens, one per row; capped to the vocabulary.
-    """
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs[torch.arange(len(tokens)), torch.tensor(tokens, dtype=torch.long)].tolist()
-    entries = []
-    for row, token, logprob, top in zip(logprobs, tokens, chosen, tops, strict=True):
-        # Row by row: which of equal logits comes first may depend on how many are requested.
-        values, ids = row.topk(min(top, len(row)))
-        entries.append(TokenLogprobs(token, logprob, tuple(zip(ids.tolist(), values.tolist(), strict=True))))
-    return entries
+    # A logit of float32's minimum means -inf, and may become it.
+    with np.errstate(over="ignore"):
+        return [
+            None if not valid else int(token) if sampler.is_greedy else sampler.sample(row)
+            for sampler, row, token, valid in zip(samplers, values, tokens, finite, strict=True)
+        ]
 
 
 def _draw(row: Row, s: SamplingParams, bits: int) -> int:
@@ -244,7 +254,7 @@ def _draw_weighted(weights: Row, s: SamplingParams, bits: int) -> int:
         # A token is kept while those before it have less than the share; the first always is.
         if not rank or (rank < limit and left.sum() < share and weights[token] >= s.min_p):
             return token
-        weights, bits = left, _mix(bits + _GOLDEN)
+        weights, bits = left, _mix(bits + STRIDE)
 
 
 def _token_at(random: float, weights: Row) -> int:
