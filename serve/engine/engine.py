@@ -19,6 +19,7 @@ from loramill.kernels import Batch
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
+from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
@@ -87,8 +88,9 @@ class Engine:
 
     def _init_state(self) -> None:
         c = self._config
-        # Made for the first logits on a GPU.
+        # Made for the first logits of a model that is asynchronous.
         self._device_sampler: DeviceSampler | None = None
+        self._ahead: AheadPass | None = None
         blocks = c.kv_tokens // c.block_size
         self._cache = self._model.new_cache(blocks, c.block_size)
         self._residency = Residency(c.adapter_slots, c.slot_patience_steps)
@@ -275,12 +277,49 @@ class Engine:
 
     def _run(self, batch: _StepBatch) -> torch.Tensor:
         """Runs the model; returns float32 logits [sum of `logits_to_keep`, vocabulary]."""
+        steps = list(zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True))
+        ahead, self._ahead = self._ahead, None
+        rows = [ahead and ahead.row(chunk, state.sequence) for state, chunk, _ in steps]
+        rest = [step for step, row in zip(steps, rows, strict=True) if row is None]
+        if ahead is None or len(rest) == len(steps):
+            return self._forward(steps)
+        return ahead.merge(rows, batch.logits_to_keep, self._forward(rest) if rest else None)
+
+    def _forward(self, steps: Iterable[tuple[RequestState, ScheduledChunk, int]]) -> torch.Tensor:
         chunks, runs = [], []
-        for chunk, state, keep in zip(batch.chunks, batch.states, batch.logits_to_keep, strict=True):
+        for state, chunk, keep in steps:
             tokens = state.sequence.tokens[chunk.start : chunk.start + chunk.count]
             chunks.append(Chunk(tokens, chunk.start, state.sequence.block_table, keep))
             runs.append((self._adapters.slot(state.version), chunk.count))
         return self._model.forward(chunks, self._cache, self._adapters.slab, Batch.of(runs))
+
+    def _run_ahead(self, batch: _StepBatch, tokens: torch.Tensor) -> None:
+        """Launches the next decode of the answers that get these tokens, int64 [rows], which are still on the device.
+
+        Only if all answers decode next and none waits, since a prompt that starts costs a pass of its own then. Only if
+        no log probabilities are read, for they would wait for the pass.
+        """
+        if self._scheduler.waiting or len(batch.sampled) < len(self._scheduler.running):
+            return
+        if any(state.request.sampling_params.logprobs is not None for state in batch.sampled):
+            return
+        steps = [(row, state) for row, state in enumerate(batch.sampled) if not state.is_full_with_next]
+        if not steps or not self._scheduler.allocate_ahead([state.id for _, state in steps]):
+            return
+        sequences = [state.sequence for _, state in steps]
+        chunks = [Chunk((0,), len(sequence.tokens), sequence.block_table, 1) for sequence in sequences]
+        slots = [self._adapters.slot(state.version) for _, state in steps]
+        if len(steps) < len(tokens):
+            tokens = _rows(tokens, [row for row, _ in steps])
+        # An answer without a valid token ends.
+        logits = self._model.forward(
+            chunks, self._cache, self._adapters.slab, Batch.of((slot, 1) for slot in slots), tokens.clamp(min=0)
+        )
+        decoded = {
+            sequence.id: AheadDecode(row, len(sequence.tokens), sequence.block_table)
+            for row, sequence in enumerate(sequences)
+        }
+        self._ahead = AheadPass(decoded, logits)
 
     def _sample(self, batch: _StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
         """Samples a token for each of `batch.sampled`, and keeps the log probabilities of echoed prompts."""
@@ -288,20 +327,23 @@ class Engine:
         last = logits
         if len(batch.sampled) < len(logits):
             last = _rows(logits, [end - 1 for end, chunk in zip(ends, batch.chunks, strict=True) if chunk.sampled])
-        tokens = self._sample_tokens(last, [state.sampler for state in batch.sampled])
+        tokens = self._sample_tokens(batch, last)
         logprobs = _logprobs(batch.sampled, tokens, last)
         for chunk, state, end in zip(batch.chunks, batch.states, ends, strict=True):
             state.add_prompt_logprobs(chunk, logits, end)
         return list(zip(tokens, logprobs, strict=True))
 
-    def _sample_tokens(self, logits: torch.Tensor, samplers: list[Sampler]) -> list[int | None]:
-        if logits.device.type == "cpu":
+    def _sample_tokens(self, batch: _StepBatch, logits: torch.Tensor) -> list[int | None]:
+        samplers = [state.sampler for state in batch.sampled]
+        if not self._model.asynchronous:
             return sample(logits, samplers)
         if self._device_sampler is None:
             self._device_sampler = DeviceSampler(self._model.vocabulary, logits.device)
+        tokens = self._device_sampler.sample(logits, samplers)
+        pending = PendingTokens(tokens)
+        self._run_ahead(batch, tokens)
         # Here the host waits for the device, once per step.
-        tokens: list[int] = self._device_sampler.sample(logits, samplers).tolist()
-        return [None if token < 0 else token for token in tokens]
+        return pending.read()
 
     def _emit(self, batch: _StepBatch, tokens: Sequence[_SampledToken]) -> None:
         """Records the step and puts out the sampled tokens."""

@@ -58,6 +58,11 @@ class RequestState:
         return len(self.sequence.tokens) == len(self.request.tokens) + self.max_tokens
 
     @property
+    def is_full_with_next(self) -> bool:
+        """Whether its next token is the last one that it may get."""
+        return len(self.sequence.tokens) + 1 >= len(self.request.tokens) + self.max_tokens
+
+    @property
     def pending_tokens(self) -> int:
         """Number of tokens still to compute, of the prompt and, estimated, of the answer."""
         known = len(self.sequence.tokens)

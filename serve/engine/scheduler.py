@@ -11,7 +11,7 @@ has been served more and runs at least two sequences more than its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loramill.errors import EngineFault
@@ -160,6 +160,22 @@ class Scheduler:
             preempted = self._preempt_for_waiting(ready)
         chunks, admitted = self._fill_token_budget(ready, may_admit)
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
+
+    def allocate_ahead(self, ids: Sequence[int]) -> bool:
+        """Gives each of these running sequences the block for one more token than it has, if blocks are available.
+
+        Returns:
+            Whether they have them; if not, nothing has changed.
+        """
+        lacking = [s for s in map(self._sequences.__getitem__, ids) if self._lacks_block_ahead(s)]
+        if len(lacking) > self._pool.available:
+            return False
+        for sequence in lacking:
+            sequence.block_table += self._pool.allocate(1)
+        return True
+
+    def _lacks_block_ahead(self, sequence: RunningSequence) -> bool:
+        return len(sequence.tokens) >= len(sequence.block_table) * self._block_size
 
     def commit(self, plan: StepPlan) -> None:
         """Records that a step was computed."""

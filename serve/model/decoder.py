@@ -77,10 +77,22 @@ class Decoder:
         rows = torch.arange(start, start + width, device=self.device)
         return self._backend.embed(rows, weight).cpu()
 
+    @property
+    def asynchronous(self) -> bool:
+        """See `Model.asynchronous`."""
+        return self.device.type != "cpu"
+
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        cache: Sequence[LayerKV],
+        slab: Slab,
+        batch: Batch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs one step over the chunks' tokens; see `Model.forward`."""
-        x = self.embed(chunks, slab, batch)
+        x = self.embed(chunks, slab, batch, tokens)
         h = self.layers(x, cache, self.pages(chunks, cache), slab, batch)
         return self.head(h, chunks, slab, batch)
 
@@ -90,10 +102,14 @@ class Decoder:
             [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks], cache[0].block_size
         )
 
-    def embed(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
-        """The embeddings of the chunks' tokens, [rows, hidden]."""
-        numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
-        tokens, weights = to_device(numbers, self.device), self._weights
+    def embed(
+        self, chunks: Sequence[Chunk], slab: Slab, batch: Batch, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The embeddings of the chunks' tokens, or of `tokens` on the device, [rows, hidden]."""
+        weights = self._weights
+        if tokens is None:
+            numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
+            tokens = to_device(numbers, self.device)
         x = self._backend.embed(tokens, weights.embedding)
         adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
         return x

@@ -136,12 +136,24 @@ class GraphedDecoder:
         """See `Model.target_weight`."""
         return self._decoder.target_weight(module)
 
+    @property
+    def asynchronous(self) -> bool:
+        """See `Model.asynchronous`."""
+        return self._decoder.asynchronous
+
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        cache: Sequence[LayerKV],
+        slab: Slab,
+        batch: Batch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs one step over the chunks' tokens, with a cache from `new_cache`; see `Model.forward`."""
         bucket = self._bucket(chunks, slab, batch)
         if bucket is None:
-            return self._decoder.forward(chunks, cache, slab, batch)
+            return self._decoder.forward(chunks, cache, slab, batch, tokens)
         if self._owners is None or self._owners[0] is not cache or self._owners[1] is not slab:
             self._drop()
             self._owners = cache, slab
@@ -152,7 +164,7 @@ class GraphedDecoder:
         if graph.plan is not None:
             graph.plan.refresh(batch)
         # The other rows keep the last replay's values: no row depends on another.
-        graph.x[:count] = self._decoder.embed(chunks, slab, batch)
+        graph.x[:count] = self._decoder.embed(chunks, slab, batch, tokens)
         return self._decoder.head(graph.replay()[:count], chunks, slab, batch)
 
     def _bucket(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> tuple[int, int] | None:

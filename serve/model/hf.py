@@ -127,13 +127,26 @@ class HuggingFaceModel:
         """The weight of a module, or its bias for `<module>.bias`; None if adapters can't target the module."""
         return self._weights[module]() if module in self._weights else None
 
+    @property
+    def asynchronous(self) -> bool:
+        """See `Model.asynchronous`."""
+        return False
+
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        cache: Sequence[LayerKV],
+        slab: Slab,
+        batch: Batch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs one step over the chunks' tokens; see `Model.forward`."""
         spans = [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks]
         pages, kept_rows = Pages.of(spans, cache[0].block_size), logits_rows(chunks)
         step = HFStep(pages, slab, batch, kept_rows, dict(zip(self._attentions, cache, strict=True)))
-        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
+        if tokens is None:
+            tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens])
         with in_step(step):
             return self._logits(
                 tokens, torch.from_numpy(pages.positions).long(), torch.tensor(kept_rows, dtype=torch.long)

@@ -49,6 +49,10 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype:
         """Dtype of activations, and of adapters in a slab that is not int8."""
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `forward` returns before its result is computed, as on a GPU."""
+
     def new_cache(self, blocks: int, block_size: int) -> Sequence[LayerKV]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
 
@@ -62,7 +66,14 @@ class Model(Protocol):
         `<module>.bias`, a head's bias [d_out] if it has one.
         """
 
-    def forward(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV], slab: Slab, batch: Batch) -> torch.Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        cache: Sequence[LayerKV],
+        slab: Slab,
+        batch: Batch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs one step over the chunks' tokens, in order.
 
         Args:
@@ -70,6 +81,7 @@ class Model(Protocol):
             cache: From `new_cache`; gets the new keys and values.
             slab: The adapters.
             batch: The adapter of each row; there is one row per token.
+            tokens: int64 [rows] on the model's device, in place of the chunks' tokens.
 
         Returns:
             float32 logits [sum of the chunks' `logits_to_keep`, vocabulary], in the order of the rows.

@@ -1,0 +1,93 @@
+"""Decodes that were launched before the tokens of the step before them were read.
+
+A GPU would wait while the host reads a step's tokens, puts them out and schedules the next step. So the engine launches
+the next pass over the model for all answers that will probably continue, with tokens that are still on the device, and
+only then waits for them. The scheduler knows nothing of it: the next step is scheduled as always, from the tokens that
+were read, and takes from the pass the logits of the chunks that it was right about. Others are not used: an answer has
+ended, or has lost its blocks. What they wrote to the KV cache does no harm: their blocks are written again by steps
+that the device runs later, before anything reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loramill.kernels.memory import to_device
+from loramill.serve.engine.scheduler import ScheduledChunk
+from loramill.serve.engine.sequence import RunningSequence
+
+
+class PendingTokens:
+    """Tokens on their way from the device, int64 [rows]."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type != "cuda":
+            self._tokens = tokens.clone()
+            return
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> list[int | None]:
+        """Waits for the tokens, and for nothing that was launched after them; None where one is negative."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [None if token < 0 else token for token in self._tokens.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class AheadDecode:
+    """One sequence of a pass that was launched ahead.
+
+    Attributes:
+        row: Of the pass's logits.
+        position: Of the token that was computed.
+        block_table: The list that was the sequence's; it gets another one when it loses its blocks.
+    """
+
+    row: int
+    position: int
+    block_table: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class AheadPass:
+    """A pass that was launched ahead.
+
+    Attributes:
+        decodes: By the sequence's id.
+        logits: float32 [rows, vocabulary].
+    """
+
+    decodes: dict[int, AheadDecode]
+    logits: torch.Tensor
+
+    def row(self, chunk: ScheduledChunk, sequence: RunningSequence) -> int | None:
+        """The row of a chunk's logits; None if the pass did not compute the chunk."""
+        decode = self.decodes.get(chunk.id)
+        if decode is None or chunk.count != 1 or chunk.start != decode.position:
+            return None
+        return decode.row if sequence.block_table is decode.block_table else None
+
+    def merge(self, rows: Sequence[int | None], kept: Sequence[int], rest: torch.Tensor | None) -> torch.Tensor:
+        """The logits of a step.
+
+        Args:
+            rows: The row of each chunk; None where the pass did not compute it.
+            kept: How many rows of logits each chunk needs.
+            rest: The logits of the chunks that the pass did not compute; None if there are none.
+        """
+        if rest is None and list(rows) == list(range(len(self.logits))):
+            return self.logits
+        both = self.logits if rest is None else torch.cat([self.logits, rest])
+        order, next_row = list[int](), len(self.logits)
+        for row, count in zip(rows, kept, strict=True):
+            order += range(next_row, next_row + count) if row is None else [row]
+            next_row += count if row is None else 0
+        return both[to_device(np.array(order, np.int64), both.device)]
