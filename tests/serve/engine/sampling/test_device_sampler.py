@@ -92,7 +92,7 @@ def test_greedy_tokens_are_the_hosts_under_all_changes(rows, seed):
 
 
 @pytest.mark.parametrize("knobs", [{}, {"temperature": 0.4}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 40}])
-@pytest.mark.parametrize(("vocabulary", "spread"), [(2, 1.0), (257, 3.0), (5000, 0.0), (5000, 4.0)])
+@pytest.mark.parametrize(("vocabulary", "spread"), [(2, 1.0), (257, 3.0), (5000, 0.05), (5000, 4.0)])
 def test_tokens_drawn_by_temperature_and_top_k_are_the_hosts(vocabulary, spread, knobs):
     generator = torch.Generator().manual_seed(vocabulary)
     params = {"temperature": 1.0, **knobs}
@@ -117,7 +117,7 @@ def test_random_numbers_are_the_hosts():
 
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_tokens_are_as_frequent_as_in_the_distribution(knobs):
-    assert_drawn_from(oracle(LOGITS, **knobs), drawn(LOGITS, 4000, **{"temperature": 1.0, **knobs}))
+    assert_drawn_from(oracle(LOGITS, **knobs), drawn(LOGITS, 2000, **{"temperature": 1.0, **knobs}))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
