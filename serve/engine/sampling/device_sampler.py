@@ -100,7 +100,6 @@ class DeviceSampler:
             part = self._shifts.apply(
                 changed[rows.shifted.on_device],
                 [rows.samplers[row] for row in rows.shifted.numbers],
-                rows.repetition_penalties,
             )
             changed = changed.index_copy(0, rows.shifted.on_device, part)
         banned = rows.banned_tokens(self._vocabulary)
@@ -192,7 +191,6 @@ class _Rows:
         samplers: One per row.
         masked: Rows with a mask.
         shifted: Rows with penalties or a bias.
-        repetition_penalties: float32 [shifted rows, 1], on the device.
         may_ban: Rows with `min_tokens`.
         drawn: Rows that are drawn at random; None: all are greedy.
     """
@@ -200,20 +198,16 @@ class _Rows:
     samplers: list[Sampler]
     masked: _Index | None
     shifted: _Index | None
-    repetition_penalties: torch.Tensor
     may_ban: list[int]
     drawn: _Drawn | None
 
     @classmethod
     def of(cls, samplers: list[Sampler], vocabulary: int, device: torch.device) -> _Rows:
         rows = range(len(samplers))
-        shifted = [row for row in rows if samplers[row].has_shifts]
-        penalties = np.array([samplers[row].params.repetition_penalty for row in shifted], np.float32)
         return cls(
             samplers,
             _Index.of([row for row in rows if samplers[row].mask is not None], device),
-            _Index.of(shifted, device),
-            to_device(penalties[:, None], device),
+            _Index.of([row for row in rows if samplers[row].has_shifts], device),
             [row for row in rows if samplers[row].params.min_tokens],
             _Drawn.of(
                 samplers, [row for row in rows if samplers[row].params.temperature >= GREEDY_BELOW], vocabulary, device
@@ -234,17 +228,17 @@ class _ShiftTable:
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._amounts = torch.zeros(0, vocabulary, dtype=torch.float64, device=device)
         self._seen = torch.zeros(0, vocabulary, dtype=torch.bool, device=device)
+        self._penalties = torch.zeros(0, 1, device=device)
         # The table's row of each sampler, and the number of tokens up to which it is filled.
         self._row_of: WeakKeyDictionary[Sampler, int] = WeakKeyDictionary()
         self._filled: WeakKeyDictionary[Sampler, int] = WeakKeyDictionary()
 
-    def apply(
-        self, logits: torch.Tensor, samplers: Sequence[Sampler], repetition_penalties: torch.Tensor
-    ) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
         """The changed logits of the samplers' rows."""
         self._update(samplers)
         rows = to_device(np.array([self._row_of[sampler] for sampler in samplers], np.int64), logits.device)
-        penalized = torch.where(logits > 0, logits / repetition_penalties, logits * repetition_penalties)
+        penalties = self._penalties[rows]
+        penalized = torch.where(logits > 0, logits / penalties, logits * penalties)
         return (logits.where(~self._seen[rows], penalized).double() + self._amounts[rows]).float()
 
     def _update(self, samplers: Sequence[Sampler]) -> None:
@@ -272,6 +266,8 @@ class _ShiftTable:
         cleared = to_device(np.array(free, np.int64), self._amounts.device)
         self._amounts.index_fill_(0, cleared, 0.0)
         self._seen.index_fill_(0, cleared, False)
+        penalties = np.array([sampler.params.repetition_penalty for sampler in samplers], np.float32)
+        self._penalties.index_copy_(0, cleared, to_device(penalties[:, None], self._amounts.device))
         self._row_of.update(zip(samplers, free, strict=True))
 
     def _grow(self, rows: int) -> None:
@@ -279,8 +275,8 @@ class _ShiftTable:
         more = rows - len(self._amounts)
         if more > 0:
             more = max(more, len(self._amounts))
-            amounts, seen = pad(self._amounts, (0, 0, 0, more)), pad(self._seen, (0, 0, 0, more))
-            self._amounts, self._seen = amounts, seen
+            tables = self._amounts, self._seen, self._penalties
+            self._amounts, self._seen, self._penalties = (pad(table, (0, 0, 0, more)) for table in tables)
 
 
 def _pairs(
