@@ -31,7 +31,7 @@ class PendingTokens:
             return
         self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._tokens.copy_(tokens, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[int | None]:

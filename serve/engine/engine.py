@@ -279,10 +279,12 @@ class Engine:
         """Runs the model; returns float32 logits [sum of `logits_to_keep`, vocabulary]."""
         steps = list(zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True))
         ahead, self._ahead = self._ahead, None
-        rows = [ahead and ahead.row(chunk, state.sequence) for state, chunk, _ in steps]
-        rest = [step for step, row in zip(steps, rows, strict=True) if row is None]
-        if ahead is None or len(rest) == len(steps):
+        if ahead is None:
             return self._forward(steps)
+        rows = [ahead.row(chunk, state.sequence) for state, chunk, _ in steps]
+        rest = [step for step, row in zip(steps, rows, strict=True) if row is None]
+        if len(rest) == len(steps):
+            return self._forward(rest)
         return ahead.merge(rows, batch.logits_to_keep, self._forward(rest) if rest else None)
 
     def _forward(self, steps: Iterable[tuple[RequestState, ScheduledChunk, int]]) -> torch.Tensor:

@@ -72,9 +72,10 @@ class DeviceSampler:
         size = self._rows_at_once
         if samplers != self._samplers:
             self._samplers = list(samplers)
-            parts = [self._samplers[start : start + size] for start in range(0, len(samplers), size)]
-            self._slices = [_Rows.of(part, self._vocabulary, self._device) for part in parts]
-        return torch.cat(list(map(self._sample, logits.split(size), self._slices)))
+            slices = [self._samplers[start : start + size] for start in range(0, len(samplers), size)]
+            self._slices = [_Rows.of(part, self._vocabulary, self._device) for part in slices]
+        parts = [logits[start : start + size] for start in range(0, len(samplers), size)]
+        return torch.cat(list(map(self._sample, parts, self._slices)))
 
     def _sample(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
         tokens = logits.argmax(-1, keepdim=True)
@@ -159,7 +160,9 @@ class _Drawn:
             values: list[float], dtype: npt.DTypeLike, uses: list[bool]
         ) -> tuple[torch.Tensor, torch.Tensor] | None:
             index = _Index.of([row for row, use in enumerate(uses) if use], device)
-            return index and (index.on_device, column([values[row] for row in index.numbers], dtype))
+            if index is None:
+                return None
+            return index.on_device, column([values[row] for row in index.numbers], dtype)
 
         params = [sampler.params for sampler in drawn]
         return cls(

@@ -46,8 +46,9 @@ def batched_logprobs(logits: torch.Tensor, tokens: Sequence[int], tops: Sequence
     """`token_logprobs` for a GPU: the host waits once; of equal logits the lower token comes first."""
     count = min(max(tops, default=0), logits.shape[1])
     chosen = to_device(np.array(tokens, np.int64)[:, None], logits.device)
-    rows = max(1, SLICE_BYTES // (8 * logits.shape[1]))
-    parts = [_best(*part, count) for part in zip(logits.split(rows), chosen.split(rows), strict=True)]
+    size = max(1, SLICE_BYTES // (8 * logits.shape[1]))
+    slices = [slice(start, start + size) for start in range(0, len(tokens), size)]
+    parts = [_best(logits[rows], chosen[rows], count) for rows in slices]
     found = torch.cat(parts).tolist() if tokens else []
     return [
         TokenLogprobs(token, numbers[0], tuple((int(id_), value) for id_, value in _pairs(numbers[1:], count, top)))
