@@ -44,15 +44,17 @@ class Batch:
     @classmethod
     def of(cls, counts: Iterable[tuple[Slot | None, int]]) -> Batch:
         """Builds a batch from pairs (slot, or None for the base; number of rows), joining adjacent equal slots."""
-        rows = 0
+        rows = start = 0
         runs: list[Run] = []
+        last: Slot | None = None
         for slot, count in counts:
-            start, rows = rows, rows + count
-            if slot is None or count == 0:
-                continue
-            if runs and runs[-1].slot == slot and runs[-1].rows.stop == start:
-                start = runs.pop().rows.start
-            runs.append(Run(slot, slice(start, rows)))
+            if count and slot is not last and slot != last:
+                if last is not None:
+                    runs.append(Run(last, slice(start, rows)))
+                last, start = slot, rows
+            rows += count
+        if last is not None:
+            runs.append(Run(last, slice(start, rows)))
         return cls(rows, tuple(runs))
 
     @cached_property

@@ -15,9 +15,8 @@ from loramill.errors import EngineFault
 from loramill.kernels.memory import to_device
 
 
-@dataclass(frozen=True, slots=True)
-class KVSpan:
-    """New tokens of one sequence, which are adjacent rows of a step.
+class KVSpan(NamedTuple):
+    """New tokens of one sequence, which are adjacent rows of a step. A tuple, since a step makes one per sequence.
 
     Attributes:
         start: Position of the first token; all positions before it are in the cache.

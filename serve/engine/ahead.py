@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +42,7 @@ class PendingTokens:
         return [None if token < 0 else token for token in self._tokens.tolist()]
 
 
-@dataclass(frozen=True, slots=True)
-class AheadDecode:
+class AheadDecode(NamedTuple):
     """One sequence of a pass that was launched ahead.
 
     Attributes:

@@ -260,19 +260,17 @@ class Engine:
         for id_ in plan.preempted:
             self._residency.end_use(self._requests[id_].version)
         # Sorted by adapter, so that each adapter's rows are adjacent.
-        chunks = sorted(plan.chunks, key=self._slot_index)
-        states = [self._requests[chunk.id] for chunk in chunks]
-        pairs = list(zip(states, chunks, strict=True))
+        pairs = sorted(((self._requests[chunk.id], chunk) for chunk in plan.chunks), key=self._slot_index)
         return _StepBatch(
             plan,
-            chunks,
-            states,
+            [chunk for _, chunk in pairs],
+            [state for state, _ in pairs],
             [state.logits_to_keep(chunk) for state, chunk in pairs],
             [state for state, chunk in pairs if chunk.sampled],
         )
 
-    def _slot_index(self, chunk: ScheduledChunk) -> int:
-        slot = self._adapters.slot(self._requests[chunk.id].version)
+    def _slot_index(self, pair: tuple[RequestState, ScheduledChunk]) -> int:
+        slot = self._adapters.slot(pair[0].version)
         return -1 if slot is None else slot.index
 
     def _run(self, batch: _StepBatch) -> torch.Tensor:

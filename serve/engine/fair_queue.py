@@ -52,6 +52,10 @@ class FairQueue:
         """Number of a tenant's running sequences."""
         return self._tenants[tenant].running
 
+    def tenants_above(self, share: float) -> set[str]:
+        """Tenants with more running sequences than this."""
+        return {name for name, tenant in self._tenants.items() if tenant.running > share}
+
     def priority_key(self, sequence: RunningSequence) -> tuple[int, int, int]:
         """Sort key of a sequence of any state: the lowest goes first."""
         tenant = self._tenants[sequence.tenant]
@@ -101,8 +105,9 @@ class FairQueue:
 
         Tokens that are computed again after a preemption are not charged twice.
         """
-        self._tenants[sequence.tenant].served_tokens += max(0, end - sequence.charged_tokens)
-        sequence.charged_tokens = max(sequence.charged_tokens, end)
+        if end > sequence.charged_tokens:
+            self._tenants[sequence.tenant].served_tokens += end - sequence.charged_tokens
+            sequence.charged_tokens = end
 
     def check_integrity(self, running: Iterable[RunningSequence]) -> list[RunningSequence]:
         """Compares the counts with the sequences that run; returns those that wait.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loramill.errors import EngineFault
 from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
@@ -21,9 +22,8 @@ from loramill.serve.engine.rank_budget import RankBudget
 from loramill.serve.engine.sequence import RunningSequence
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """What one sequence computes in a step.
+class ScheduledChunk(NamedTuple):
+    """What one sequence computes in a step. A tuple, since a step makes one per sequence.
 
     Attributes:
         id: Of the sequence.
@@ -183,6 +183,8 @@ class Scheduler:
             sequence = self._sequences[chunk.id]
             sequence.computed_tokens += chunk.count
             full = sequence.computed_tokens // self._block_size
+            if full == sequence.cached_blocks:
+                continue
             for index in range(sequence.cached_blocks, full):
                 key = self._block_keys(sequence, full)[index]
                 self._pool.cache(sequence.block_table[index], key)
@@ -210,7 +212,7 @@ class Scheduler:
     def _allocate_for_decode(self) -> list[int]:
         """Gives each running sequence the blocks for its known tokens; returns the ids preempted for that."""
         preempted: list[int] = []
-        for sequence in list(self._running):
+        for sequence in [s for s in self._running if self._blocks_for(s) > len(s.block_table)]:
             while sequence.id not in preempted and self._blocks_for(sequence) > len(sequence.block_table):
                 if self._pool.available:
                     sequence.block_table += self._pool.allocate(1)
@@ -236,9 +238,9 @@ class Scheduler:
         admitted: list[int] = []
         budget = self._token_budget
         later: list[RunningSequence] = []
-        fair_share = self._max_running / max(1, self._queue.tenants)
+        above_share = self._queue.tenants_above(self._max_running / max(1, self._queue.tenants))
         for sequence in self._running:
-            if sequence.is_decoding and self._queue.running(sequence.tenant) <= fair_share:
+            if sequence.is_decoding and sequence.tenant not in above_share:
                 budget -= self._schedule_chunk(sequence, budget, chunks)
             else:
                 later.append(sequence)

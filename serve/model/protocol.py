@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from loramill.kernels import Batch, LayerKV, Site, Slab
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens of one sequence that the model computes in one step.
+class Chunk(NamedTuple):
+    """Tokens of one sequence that the model computes in one step. A tuple, since a step makes one per sequence.
 
     Attributes:
         tokens: The new tokens, at least one.
