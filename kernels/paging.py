@@ -77,21 +77,21 @@ class Pages:
         Raises:
             EngineFault: A span is empty, starts at a negative position or has too few blocks, or a block is negative.
         """
-        used = [-(-span.stop // block_size) for span in spans]
-        for number, (span, need) in enumerate(zip(spans, used, strict=True)):
-            if span.count < 1 or span.start < 0 or len(span.block_table) < need:
-                raise EngineFault(
-                    f"Span {number} has {len(span.block_table)} blocks of {block_size} for {span.count} rows from "
-                    "position "
-                    f"{span.start}; it needs {need} blocks, at least one row and no negative position."
-                )
-        listed = chain.from_iterable(span.block_table[:need] for span, need in zip(spans, used, strict=True))
-        blocks = np.fromiter(listed, np.int32, sum(used))
-        if blocks.min(initial=0) < 0:
-            raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
         table = np.zeros((len(spans), 4), np.int32)
         table[:, COUNT] = [span.count for span in spans]
         table[:, START] = [span.start for span in spans]
+        used = -(-(table[:, START] + table[:, COUNT]) // block_size)
+        held = np.array([len(span.block_table) for span in spans], np.int32)
+        for number in np.flatnonzero((table[:, COUNT] < 1) | (table[:, START] < 0) | (held < used)):
+            span = spans[number]
+            raise EngineFault(
+                f"Span {number} has {held[number]} blocks of {block_size} for {span.count} rows from position "
+                f"{span.start}; it needs {used[number]} blocks, at least one row and no negative position."
+            )
+        listed = chain.from_iterable(span.block_table[:need] for span, need in zip(spans, used.tolist(), strict=True))
+        blocks = np.fromiter(listed, np.int32, int(used.sum()))
+        if blocks.min(initial=0) < 0:
+            raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
         table[1:, FIRST] = np.cumsum(table[:-1, COUNT])
         table[1:, BLOCKS] = np.cumsum(used[:-1])
         of_rows: NDArray[np.int32] = np.repeat(table, table[:, COUNT], axis=0)

@@ -26,6 +26,7 @@ class RequestState:
         sequence: Its state in the scheduler; the tokens are those of the prompt and the answer.
         sampler: Samples its tokens.
         max_tokens: The most tokens that it may get.
+        token_limit: The most tokens of its prompt and itself.
         echo_pending: Whether the prompt is still to be put out.
         prompt_logprobs: Of the prompt's tokens, as far as they have been computed.
         waiting_since: Time of submission by the monotonic clock; None once it has run.
@@ -41,6 +42,10 @@ class RequestState:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     waiting_since: float | None = field(default_factory=time.monotonic)
     overload_victim: bool = False
+    token_limit: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_limit = len(self.request.tokens) + self.max_tokens
 
     @property
     def id(self) -> int:
@@ -55,19 +60,19 @@ class RequestState:
     @property
     def is_full(self) -> bool:
         """Whether it has as many tokens as it may get."""
-        return len(self.sequence.tokens) == len(self.request.tokens) + self.max_tokens
+        return len(self.sequence.tokens) == self.token_limit
 
     @property
     def is_full_with_next(self) -> bool:
         """Whether its next token is the last one that it may get."""
-        return len(self.sequence.tokens) + 1 >= len(self.request.tokens) + self.max_tokens
+        return len(self.sequence.tokens) + 1 >= self.token_limit
 
     @property
     def pending_tokens(self) -> int:
         """Number of tokens still to compute, of the prompt and, estimated, of the answer."""
         known = len(self.sequence.tokens)
-        left = len(self.request.tokens) + self.max_tokens - known
-        return known - self.sequence.computed_tokens + min(left, _EXPECTED_TOKENS)
+        left = self.token_limit - known
+        return known - self.sequence.computed_tokens + (left if left < _EXPECTED_TOKENS else _EXPECTED_TOKENS)
 
     def logits_to_keep(self, chunk: ScheduledChunk) -> int:
         """How many of a chunk's last tokens need logits."""

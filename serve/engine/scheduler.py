@@ -167,15 +167,13 @@ class Scheduler:
         Returns:
             Whether they have them; if not, nothing has changed.
         """
-        lacking = [s for s in map(self._sequences.__getitem__, ids) if self._lacks_block_ahead(s)]
+        sequences = map(self._sequences.__getitem__, ids)
+        lacking = [s for s in sequences if len(s.tokens) >= len(s.block_table) * self._block_size]
         if len(lacking) > self._pool.available:
             return False
         for sequence in lacking:
             sequence.block_table += self._pool.allocate(1)
         return True
-
-    def _lacks_block_ahead(self, sequence: RunningSequence) -> bool:
-        return len(sequence.tokens) >= len(sequence.block_table) * self._block_size
 
     def commit(self, plan: StepPlan) -> None:
         """Records that a step was computed."""

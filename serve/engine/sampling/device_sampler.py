@@ -6,8 +6,9 @@ order, whatever way a device divides them; the other reductions are maxima, the 
 
 - tokens of greedy rows are the same, with penalties, bias, bans and masks: each of these is one exactly rounded
   operation per logit;
-- tokens drawn by temperature or from the top_k are the same, unless the rounding of an exponential (2^-23) moves a
-  token's share of the distribution across the random number: about one token in 10^5;
+- tokens drawn by temperature or from the top_k are the same, unless the rounding of exponentials (2^-23) moves a
+  token's share of the distribution across the random number (none of 3,072 tokens drawn from 50,000 each), or logits
+  equal the k-th;
 - tokens drawn with top_p or min_p have the same distribution and are other tokens: the host draws again after a token
   that they exclude, and here they exclude tokens before the draw.
 
