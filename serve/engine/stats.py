@@ -46,7 +46,7 @@ class Statistics:
         self, pending_tokens: int, scheduler: Scheduler, residency: Residency, adapters: AdapterManager
     ) -> EngineStats:
         """The state of the engine between two steps."""
-        totals = self._totals + Counter(_counts(scheduler, adapters))
+        totals, current = self._totals, _counts(scheduler, adapters)
         return EngineStats(
             waiting=scheduler.waiting,
             running=len(scheduler.running),
@@ -60,12 +60,12 @@ class Statistics:
             host_bytes=adapters.host_bytes,
             steps=totals["steps"],
             computed_tokens=totals["computed_tokens"],
-            reused_tokens=totals["reused_tokens"],
+            reused_tokens=totals["reused_tokens"] + current["reused_tokens"],
             generated_tokens=totals["generated_tokens"],
             preemptions=totals["preemptions"],
-            loads=totals["loads"],
-            load_failures=totals["load_failures"],
-            evictions=totals["evictions"],
+            loads=totals["loads"] + current["loads"],
+            load_failures=totals["load_failures"] + current["load_failures"],
+            evictions=totals["evictions"] + current["evictions"],
             queue_times=self._queue_times.durations,
             step_times=self._step_times.durations,
             load_times=self.load_times.durations,
