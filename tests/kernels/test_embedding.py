@@ -99,3 +99,16 @@ def test_some_rows_of_a_batch_keep_their_owners(data):
         got[run.rows] = [run.slot] * (run.rows.stop - run.rows.start)
     # The last adapter has nothing at this site.
     assert got == [None if owners[row] == slots[3] else owners[row] for row in rows]
+
+
+def test_a_site_without_adapters_gets_no_plan_on_a_gpu():
+    from loramill.kernels import triton
+
+    _, view, slots = loaded(torch.float32, triton.layout)
+    # The last adapter targets another site.
+    batch = batch_of_rows(Batch.of([(None, 2), (slots[3], 1)]), [0, 1, 2], view)
+    assert batch.rows == 3 and not batch.runs
+    y = torch.randn(3, WIDTH)
+    before = y.clone()
+    triton.lora(torch.randn(3, VOCABULARY), y, view, batch)
+    assert torch.equal(y, before) and not batch.memo
