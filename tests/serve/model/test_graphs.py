@@ -201,6 +201,18 @@ def test_logits_outlive_the_next_step(session, graphed):
     assert torch.equal(first, kept)
 
 
+def test_tokens_on_the_device_replace_those_of_the_chunks(session, graphed, decoder, recorder):
+    tokens, owners = [3, 5], [None, 0]
+    due = session.check([Chunk([token], 0, [block], 1) for block, token in enumerate(tokens)], owners)
+    recorder.replayed.clear()
+    for side, model in zip(session.sides, (graphed, decoder), strict=True):
+        chunks = [Chunk([0], 0, [block], 1) for block in range(2)]
+        batch = Batch.of([(None, 1), (side.slots[0], 1)])
+        got = model.forward(chunks, side.cache, side.slab, batch, torch.tensor(tokens))
+        assert torch.allclose(got, due, rtol=0, atol=1e-4)
+    assert recorder.replayed == [2]
+
+
 def test_graphs_are_dropped_with_their_cache_and_slab(graphed, decoder, recorder):
     session = Session(graphed, decoder)
     session.load(0, 4)
