@@ -15,8 +15,9 @@ from loramill.errors import EngineFault
 from loramill.kernels.memory import to_device
 
 
-class KVSpan(NamedTuple):
-    """New tokens of one sequence, which are adjacent rows of a step. A tuple, since a step makes one per sequence.
+@dataclass(frozen=True, slots=True)
+class KVSpan:
+    """New tokens of one sequence, which are adjacent rows of a step.
 
     Attributes:
         start: Position of the first token; all positions before it are in the cache.
@@ -82,8 +83,9 @@ class Pages:
         table[:, START] = [span.start for span in spans]
         used = -(-(table[:, START] + table[:, COUNT]) // block_size)
         held = np.array([len(span.block_table) for span in spans], np.int32)
-        for number in np.flatnonzero((table[:, COUNT] < 1) | (table[:, START] < 0) | (held < used)):
-            span = spans[number]
+        faulty = np.flatnonzero((table[:, COUNT] < 1) | (table[:, START] < 0) | (held < used)).tolist()
+        if faulty:
+            number, span = faulty[0], spans[faulty[0]]
             raise EngineFault(
                 f"Span {number} has {held[number]} blocks of {block_size} for {span.count} rows from position "
                 f"{span.start}; it needs {used[number]} blocks, at least one row and no negative position."

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from loramill.errors import EngineFault
 from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
@@ -22,8 +21,9 @@ from loramill.serve.engine.rank_budget import RankBudget
 from loramill.serve.engine.sequence import RunningSequence
 
 
-class ScheduledChunk(NamedTuple):
-    """What one sequence computes in a step. A tuple, since a step makes one per sequence.
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """What one sequence computes in a step.
 
     Attributes:
         id: Of the sequence.
