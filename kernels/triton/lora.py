@@ -162,6 +162,8 @@ class StaticPlan:
         self._work = StepWork(_resident(slab), plan, tiles, rows, rows, rank)
         self.batch = Batch(rows, ())
         self.batch.memo[StepWork, slab] = self._work
+        # The slab's number of changes and the runs for which the tiles were computed.
+        self._content: tuple[int, bytes] | None = None
 
     def refresh(self, batch: Batch) -> None:
         """Replaces the work by that of a batch.
@@ -170,6 +172,9 @@ class StaticPlan:
             EngineFault: A handle is stale, or the batch is larger than the buffers.
         """
         self._slab.check(batch)
+        content = self._slab.changes, batch.segments.tobytes()
+        if content == self._content and batch.rows <= self._rows:
+            return
         resident = self._work.resident
         resident.refresh(self._slab)
         ranks = resident.ranks[batch.segments[:, 0]]
@@ -184,6 +189,7 @@ class StaticPlan:
         tiles[: len(first)] = first
         tiles[self._rows : self._rows + len(more)] = more
         copy_to_device(tiles, self._work.tiles)
+        self._content = content
 
 
 def tile_list(

@@ -138,9 +138,10 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """The state after the last step; `waiting` includes requests submitted since."""
+        """The state after the last step; `waiting` and `pending_tokens` include requests submitted since."""
         stats = self._last_stats
-        return replace(stats, waiting=max(0, len(self._requests) - stats.running))
+        waiting = max(0, len(self._requests) - stats.running)
+        return replace(stats, waiting=waiting, pending_tokens=self._requests.pending_tokens)
 
     def step(self) -> list[Output]:
         """Processes what was submitted, cancelled and loaded, then runs the model once.
@@ -307,7 +308,8 @@ class Engine:
         if not steps or not self._scheduler.allocate_ahead([state.id for _, state in steps]):
             return
         sequences = [state.sequence for _, state in steps]
-        chunks = [Chunk((0,), len(sequence.tokens), sequence.block_table, 1) for sequence in sequences]
+        decodes = {s.id: AheadDecode(row, len(s.tokens), s.block_table) for row, s in enumerate(sequences)}
+        chunks = [Chunk((0,), decode.position, decode.block_table, 1) for decode in decodes.values()]
         slots = [self._adapters.slot(state.version) for _, state in steps]
         if len(steps) < len(tokens):
             tokens = _rows(tokens, [row for row, _ in steps])
@@ -315,11 +317,7 @@ class Engine:
         logits = self._model.forward(
             chunks, self._cache, self._adapters.slab, Batch.of((slot, 1) for slot in slots), tokens.clamp(min=0)
         )
-        decoded = {
-            sequence.id: AheadDecode(row, len(sequence.tokens), sequence.block_table)
-            for row, sequence in enumerate(sequences)
-        }
-        self._ahead = AheadPass(decoded, logits)
+        self._ahead = AheadPass(decodes, logits)
 
     def _sample(self, batch: _StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
         """Samples a token for each of `batch.sampled`, and keeps the log probabilities of echoed prompts."""
@@ -404,9 +402,7 @@ class Engine:
         self._outputs += (_failed(state, fault) for state in ended)
 
     def _collect_stats(self) -> EngineStats:
-        return self._statistics.snapshot(
-            self._requests.pending_tokens, self._scheduler, self._residency, self._adapters
-        )
+        return self._statistics.snapshot(self._scheduler, self._residency, self._adapters)
 
 
 def _logprobs(

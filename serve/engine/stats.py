@@ -42,15 +42,12 @@ class Statistics:
         """Adds the counters of a scheduler and adapters that are about to be replaced."""
         self._totals.update(_counts(scheduler, adapters))
 
-    def snapshot(
-        self, pending_tokens: int, scheduler: Scheduler, residency: Residency, adapters: AdapterManager
-    ) -> EngineStats:
-        """The state of the engine between two steps."""
+    def snapshot(self, scheduler: Scheduler, residency: Residency, adapters: AdapterManager) -> EngineStats:
+        """The state of the engine between two steps, without the pending tokens."""
         totals, current = self._totals, _counts(scheduler, adapters)
         return EngineStats(
             waiting=scheduler.waiting,
             running=len(scheduler.running),
-            pending_tokens=pending_tokens,
             blocks=scheduler.blocks,
             free_blocks=scheduler.free_blocks,
             slots=residency.slots,

@@ -75,20 +75,24 @@ class DeviceSampler:
             self._samplers = list(samplers)
             slices = [self._samplers[start : start + size] for start in range(0, len(samplers), size)]
             self._slices = [_Rows.of(part, self._vocabulary, self._device) for part in slices]
+        if len(self._slices) == 1:
+            return self._sample(logits, self._slices[0])
         parts = [logits[start : start + size] for start in range(0, len(samplers), size)]
         return torch.cat(list(map(self._sample, parts, self._slices)))
 
     def _sample(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
         tokens = logits.argmax(-1, keepdim=True)
-        found = logits.gather(1, tokens).isfinite()
+        highest = logits.gather(1, tokens)
+        found = highest.isfinite()
         changed = self._changed(logits, rows)
         if changed is not logits:
             tokens = changed.argmax(-1, keepdim=True)
-        highest = changed.gather(1, tokens)
+            highest = changed.gather(1, tokens)
+            # A mask may have left nothing but -inf.
+            found &= highest > -torch.inf
         if rows.drawn is not None:
             tokens = tokens.index_copy(0, rows.drawn.rows, _draw(changed, highest, rows.drawn, self._device))
-        # A mask may have left nothing but -inf.
-        return torch.where(found & (highest > -torch.inf), tokens, -1).squeeze(1)
+        return torch.where(found, tokens, -1).squeeze(1)
 
     def _changed(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
         """The logits after masks, penalties, bias and bans; the same tensor if there are none."""
