@@ -69,7 +69,7 @@ def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: Pa
 def attention_window(model: PreTrainedModel) -> int | None:
     """Number of tokens that a token attends to at most in some layer; None if there is no such limit.
 
-    Masks have no such limit, so that they give None.
+    It is also None if attention takes a mask, since the masks of `PackedRows` have no window.
     """
     return getattr(model.config, "sliding_window", None) if _is_varlen(model) else None
 
