@@ -24,6 +24,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "loramill needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	@test -d loramill/jobs || { echo "loramill/jobs is not a link: clone again with 'git -c core.symlinks=true clone'"; exit 1; }
 	@.ci/expect '$(TORCH_INDEX)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
