@@ -14,12 +14,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError
+from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError, Unavailable
 from loramill.kernels import Batch
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
+from loramill.serve.engine.failures import (
+    FailureKind,
+    ModelFailure,
+    free_cached_memory,
+    recover_from_out_of_memory,
+)
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
@@ -83,7 +89,9 @@ class Engine:
         self._requests = RequestTable(config.max_sequences, config.max_waiting)
         self._statistics = Statistics()
         self._outputs: list[Output] = []
+        self._device_lost = False
         self._init_state()
+        self._device = self._cache[0].keys.device
         self._last_stats = self._collect_stats()
 
     def _init_state(self) -> None:
@@ -137,6 +145,11 @@ class Engine:
         return self._requests.wait(timeout)
 
     @property
+    def device_lost(self) -> bool:
+        """Whether the device has failed for good; the engine is then closed, and its process has to be replaced."""
+        return self._device_lost
+
+    @property
     def stats(self) -> EngineStats:
         """The state after the last step; `waiting` and `pending_tokens` include requests submitted since."""
         stats = self._last_stats
@@ -147,20 +160,23 @@ class Engine:
         """Processes what was submitted, cancelled and loaded, then runs the model once.
 
         Never raises for what a request or an adapter does: that request gets an output with an error, and the engine
-        continues. It raises if not even the cache can be allocated again after a fault; then the engine is closed.
+        continues. After a failure of the device, all answers end with an error, and `device_lost` is true. It raises if
+        not even the cache can be allocated again after a fault; then the engine is closed.
         """
         with self._step_lock:
             if self._requests.closed:
                 return []
-            fault: EngineFault | None = None
+            failure: ModelFailure | None = None
             try:
                 self._step()
             except Exception as error:
                 log.exception("a step failed outside the model")
-                fault = EngineFault(f"A step failed: {error!r}.")
+                failure = ModelFailure.of(error, self._device)
             # By now the exception is gone, and with it the references of its frames to the old state.
-            if fault is not None:
-                self._reset_after_fault(fault)
+            if failure is not None and failure.kind is FailureKind.DEVICE_LOST:
+                self._give_up(failure)
+            elif failure is not None:
+                self._reset_after_fault(EngineFault(f"A step failed: {failure.message}."))
             outputs, self._outputs = self._outputs, []
             if outputs or self._scheduler.has_running:
                 self._requests.wake()
@@ -171,17 +187,8 @@ class Engine:
         self._drain_inbox()
         batch = self._schedule()
         started = time.perf_counter()
-        if batch.chunks:
-            try:
-                logits = self._run(batch)
-                tokens = self._sample(batch, logits)
-            except Exception as error:
-                requests = [state.request.id for state in batch.states]
-                log.exception("the model failed", extra={"requests": requests})
-                self._fail(batch, error)
-            else:
-                self._emit(batch, tokens)
-        self._statistics.count_step(batch.plan, self._outputs, time.perf_counter() - started)
+        plan = self._compute(batch)
+        self._statistics.count_step(plan, self._outputs, time.perf_counter() - started)
 
     def check_integrity(self) -> None:
         """Checks requests, scheduler and adapters against each other; may be called between any two steps.
@@ -348,10 +355,57 @@ class Engine:
         self._scheduler.commit(batch.plan)
         self._outputs += map(self._next_output, batch.sampled, tokens)
 
-    def _fail(self, batch: _StepBatch, error: Exception) -> None:
-        """Ends the batch's answers after the model or the sampling has failed."""
-        fault = EngineFault(f"The model failed in a step with {len(batch.states)} answers: {error!r}.")
-        self._end([state.id for state in batch.states], FinishReason.ERROR, fault)
+    def _compute(self, batch: _StepBatch) -> StepPlan:
+        """Runs the batch, or what memory suffices for, and puts out its tokens; returns the plan of what ran."""
+        first = True
+        while batch.chunks:
+            failure = self._attempt(batch)
+            if failure is None:
+                break
+            if failure.kind is FailureKind.DEVICE_LOST:
+                self._give_up(failure)
+                break
+            if failure.kind is FailureKind.STEP:
+                fault = EngineFault(f"The model failed in a step with {len(batch.states)} answers: {failure.message}.")
+                self._end([state.id for state in batch.states], FinishReason.ERROR, fault)
+                break
+            batch, first = self._reduced(batch, first), False
+        return batch.plan
+
+    def _attempt(self, batch: _StepBatch) -> ModelFailure | None:
+        """Runs the batch and puts out its tokens, unless the model or the sampling fails."""
+        try:
+            logits = self._run(batch)
+            tokens = self._sample(batch, logits)
+        except Exception as error:
+            log.exception("the model failed", extra={"requests": [state.request.id for state in batch.states]})
+            return ModelFailure.of(error, self._device)
+        self._emit(batch, tokens)
+        return None
+
+    def _reduced(self, batch: _StepBatch, first: bool) -> _StepBatch:
+        """The part of a batch to retry after memory ran out; ends an answer if it must."""
+        free_cached_memory(self._device)
+        recovery = recover_from_out_of_memory(
+            [chunk.id for chunk in batch.chunks], [_is_decode(chunk) for chunk in batch.chunks], first=first
+        )
+        if recovery.ended is not None:
+            state, count = batch.states[recovery.ended], len(batch.chunks)
+            error = Unavailable(
+                f"The GPU had no memory for this request of {len(state.sequence.tokens)} tokens in a step with {count} "
+                "answers. Try again later; if it persists, lower serve.kv_tokens or serve.max_batch_tokens."
+            )
+            self._end([state.id], FinishReason.ERROR, error)
+        return _part(batch, recovery.retried)
+
+    def _give_up(self, failure: ModelFailure) -> None:
+        """Ends all answers and closes the engine: its device does not compute any more."""
+        self._device_lost = True
+        self._requests.close()
+        self._requests.drain_inbox()
+        self._adapters.close(wait=False)
+        error = Unavailable(f"The GPU of this replica failed, and the replica is being replaced: {failure.message}.")
+        self._outputs += (_failed(state, error) for state in self._requests.remove_drained())
 
     def _next_output(self, state: RequestState, sampled: _SampledToken) -> Output:
         token, logprobs = sampled
@@ -403,6 +457,22 @@ class Engine:
 
     def _collect_stats(self) -> EngineStats:
         return self._statistics.snapshot(self._scheduler, self._residency, self._adapters)
+
+
+def _is_decode(chunk: ScheduledChunk) -> bool:
+    return chunk.count == 1 and chunk.sampled
+
+
+def _part(batch: _StepBatch, indices: Sequence[int]) -> _StepBatch:
+    """The batch of some of a batch's chunks; the scheduler schedules the others again."""
+    chunks, states = [batch.chunks[index] for index in indices], [batch.states[index] for index in indices]
+    return _StepBatch(
+        replace(batch.plan, chunks=tuple(chunks)),
+        chunks,
+        states,
+        [batch.logits_to_keep[index] for index in indices],
+        [state for state, chunk in zip(states, chunks, strict=True) if chunk.sampled],
+    )
 
 
 def _logprobs(

@@ -165,7 +165,8 @@ class Replica:
         return Request(request.id, request.tenant, tuple(tokens), params, request.version, mask=mask)
 
     def _run(self) -> None:
-        while not self._closing.is_set():
+        # Once this thread has ended, `ready` raises and the replica is replaced.
+        while not self._closing.is_set() and not self._engine.device_lost:
             outputs = self._engine.step() if self._engine.wait(timeout=0.5) else []
             self._last_step = time.monotonic()
             self._deliver(outputs)
