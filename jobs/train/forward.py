@@ -21,6 +21,7 @@ from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.jobs.train.ops.norm import rms_norm
 from loramill.kernels import varlen
+from loramill.kernels.device import is_out_of_memory
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 #: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
@@ -185,7 +186,8 @@ def translate_oom(pass_tokens: int, longest_example: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in _CPU_OOM_MESSAGES):
+        on_cpu = isinstance(error, MemoryError) or any(words in str(error) for words in _CPU_OOM_MESSAGES)
+        if not on_cpu and not is_out_of_memory(error):
             raise
         advice = (
             f"with 'micro_tokens' {pass_tokens // 2} a pass is half as large, for the same result"

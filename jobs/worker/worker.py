@@ -38,6 +38,7 @@ from loramill.jobs.train.loop import TrainContext, TrainingProgress, train
 from loramill.jobs.worker import publish
 from loramill.jobs.worker.lease import Lease, outlast_database_outage
 from loramill.jobs.worker.loggers import open_loggers
+from loramill.kernels.device import device_works, free_cached_memory
 from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs
 from loramill.settings import JobSettings
@@ -93,6 +94,9 @@ def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
 
     Args:
         should_stop: called between jobs with the seconds since the last one ended.
+
+    Raises:
+        Unavailable: a job left the GPU unusable for this process; other jobs would only fail.
     """
     done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, OUTAGE_PAUSE_SECONDS
     while True:
@@ -110,6 +114,9 @@ def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
             time.sleep(POLL_SECONDS)
             continue
         error_of_attempt = run_attempt(worker, job)
+        if error_of_attempt is not None and not device_works(worker.device):
+            raise Unavailable("The GPU of this session does not compute any more; the session is being replaced.")
+        free_cached_memory(worker.device)  # the next job's tensors have other sizes
         done, idle_since = done + 1, time.monotonic()
         if isinstance(error_of_attempt, OUTAGE_ERRORS):
             time.sleep(pause)

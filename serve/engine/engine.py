@@ -16,16 +16,12 @@ import torch
 
 from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError, Unavailable
 from loramill.kernels import Batch
+from loramill.kernels.device import free_cached_memory
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
-from loramill.serve.engine.failures import (
-    FailureKind,
-    ModelFailure,
-    free_cached_memory,
-    recover_from_out_of_memory,
-)
+from loramill.serve.engine.failures import FailureKind, ModelFailure, recover_from_out_of_memory
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
@@ -379,6 +375,7 @@ class Engine:
             tokens = self._sample(batch, logits)
         except Exception as error:
             log.exception("the model failed", extra={"requests": [state.request.id for state in batch.states]})
+            self._ahead = None  # its positions follow tokens that were not put out
             return ModelFailure.of(error, self._device)
         self._emit(batch, tokens)
         return None

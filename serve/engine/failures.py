@@ -1,4 +1,4 @@
-"""What the engine does after its model has failed: classification of the error, and the decision of how to go on."""
+"""What the engine does after its model has failed: what the error means, and what is tried again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
+
+from loramill.kernels.device import device_works, is_out_of_memory
 
 
 class FailureKind(Enum):
@@ -50,35 +52,8 @@ class Recovery:
     retried: tuple[int, ...]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of a GPU library only means that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    # Memory that is not the allocator's, such as that of a CUDA graph or of cuBLAS.
-    if isinstance(error, torch.AcceleratorError):
-        return "out of memory" in str(error)
-    return "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-
-
-def device_works(device: torch.device) -> bool:
-    """Whether a device still computes. After an illegal access, a device-side assert or an ECC error, CUDA does not."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
-
-
-def free_cached_memory(device: torch.device) -> None:
-    """Returns the allocator's unused memory to the device, in which other sizes then fit."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def recover_from_out_of_memory(ids: Sequence[int], decodes: Sequence[bool], *, first: bool) -> Recovery:
-    """Decides how a step goes on for which there was no memory.
+    """Decides what is tried again of a step for which there was no memory.
 
     Decodes take little memory, and a prompt takes much: the newest prompt ends, and the decodes run again alone.
 

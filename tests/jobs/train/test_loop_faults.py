@@ -219,6 +219,16 @@ def test_other_errors_are_not_reported_as_out_of_memory(tmp_path: Path) -> None:
         next(train(model, random_examples(23), [], spec_of(), checkpoints=tmp_path))
 
 
+def test_an_error_of_the_gpu_is_not_reported_as_out_of_memory(tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    model = tiny_model()
+    model.model.layers[1].mlp.register_forward_pre_hook(broken)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        next(train(model, random_examples(23), [], spec_of(), checkpoints=tmp_path))
+
+
 def test_smaller_passes_resume_to_the_same_result(tmp_path: Path) -> None:
     """From the checkpoints of the larger ones, and to rounding: the batch of a step is the same."""
     spec = spec_of(micro_tokens=200)

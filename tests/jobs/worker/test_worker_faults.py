@@ -210,6 +210,20 @@ def test_out_of_memory_is_retried_with_half_the_tokens_once(
     assert seen == [None, 32]
 
 
+def test_a_lost_gpu_ends_the_session_and_the_job_is_retried(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, RuntimeError("CUDA error: unspecified launch failure"), times=1)
+    monkeypatch.setattr(worker_module, "device_works", lambda device: False)
+    first, other = environment.submit(), environment.submit()
+    with pytest.raises(Unavailable, match="session is being replaced"):
+        worker_module.run_jobs(environment.worker(), should_stop=lambda _: False)
+    assert environment.now(first).status is JobStatus.QUEUED and any(
+        "launch failure" in each for each in environment.messages(first)
+    )
+    assert environment.now(other).attempt == 0, "the session takes no further job"
+
+
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_unreadable_data_fails_at_once(environment: JobEnvironment, damage: str) -> None:
     job = environment.submit()

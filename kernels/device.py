@@ -1,0 +1,32 @@
+"""Errors of a device: whether memory ran out, and whether the device still computes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a GPU library only means that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # Memory that is not the allocator's, such as that of a CUDA graph or of cuBLAS.
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" in str(error)
+    return "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def device_works(device: torch.device) -> bool:
+    """Whether a device still computes. After an illegal access, a device-side assert or an ECC error, CUDA does not."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Returns the allocator's unused memory to the device, in which other sizes then fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
