@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from loramill.errors import SettingsInvalid
+from loramill.gpus import ray_share
 from loramill.types import Quantization
 
 #: A folder; its path may begin with ~ and is made absolute, since processes have different working folders.
@@ -87,28 +88,55 @@ class ServeSettings(_Section):
     threads: int = Field(default=1, ge=1, description="CPU threads per engine replica.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Device that the base runs on. auto: a GPU if torch finds one, except on Ray, where it is the CPU.",
+        description="Device that the base runs on. auto: a GPU if this machine has one that torch can use; on a "
+        "cluster, the CPU.",
+    )
+    gpu_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of one GPU that an engine replica takes. Unset: a whole GPU; with `loramill up`, half of it "
+        "where training needs the same GPU.",
+    )
+    accelerator_type: str | None = Field(
+        default=None,
+        description="GPU that engine replicas are placed on, by Ray's name, such as L40S. Unset: any.",
     )
     max_batch_tokens: int | None = Field(
         default=None, ge=16, description="Maximum tokens per engine step. Unset: 128 on a CPU, 2048 on a GPU."
     )
     max_sequences: int = Field(default=64, ge=1, description="Maximum number of requests that decode at the same time.")
-    max_waiting: int = Field(
-        default=16, ge=1, description="Maximum number of waiting requests per replica; further ones are refused."
+    max_waiting: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of waiting requests per replica; further ones are refused. Unset: 16 on a CPU, 4 "
+        "times max_sequences on a GPU.",
     )
-    kv_tokens: int = Field(default=32768, ge=512, description="Size of the KV cache per replica, in tokens.")
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=512,
+        description="Size of the KV cache per replica, in tokens. Unset: 32768 on a CPU, what the GPU's memory holds.",
+    )
     prefix_cache: bool = Field(
         default=True, description="Reuse the KV cache of prompts that begin with the same tokens."
     )
     adapter_slots: int = Field(
         default=64, ge=1, description="Maximum number of adapters in device memory at the same time."
     )
-    adapter_bytes: int = Field(default=2**30, ge=2**20, description="Device memory for adapters per replica, in bytes.")
+    adapter_bytes: int | None = Field(
+        default=None,
+        ge=2**20,
+        description="Device memory for adapters per replica, in bytes. Unset: 1 GiB on a CPU, a tenth of what the "
+        "base leaves of a GPU's memory.",
+    )
     adapter_bits: Literal[16, 8] = Field(
         default=16, description="Bits per adapter weight; 8 halves memory and bandwidth."
     )
-    host_bytes: int = Field(
-        default=2**28, ge=0, description="Size of the host-memory cache of adapters per replica, in bytes."
+    host_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Size of the host-memory cache of adapters per replica, in bytes. Unset: 256 MiB on a CPU; for a "
+        "GPU, twice the memory of its adapters, at most an eighth of the free host memory.",
     )
     rank_budget: int = Field(
         default=1024, ge=1, description="Maximum sum of the ranks of the different adapters in one engine step."
@@ -133,14 +161,28 @@ class JobSettings(_Section):
         default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="Maximum number of jobs that train at once."
     )
     threads: int = Field(default=1, ge=1, description="CPU threads per session.")
-    use_gpu: bool = Field(default=False, description="Train on GPUs.")
+    use_gpu: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Train on GPUs. auto: if this machine has one that torch can use; on a cluster, no.",
+    )
     per_gpu: int = Field(
         default=1, ge=1, le=16, description="Number of jobs that share one GPU, each with an equal part of its memory."
+    )
+    gpu_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of one GPU that its per_gpu jobs take together. Unset: a whole GPU; with `loramill up`, "
+        "what an engine on the same GPU leaves.",
+    )
+    accelerator_type: str | None = Field(
+        default=None, description="GPU that jobs are trained on, by Ray's name, such as L4. Unset: any."
     )
     device_bytes: int | None = Field(
         default=None,
         ge=2**28,
-        description="Memory of one GPU (of one session, without GPUs), in bytes. Unset: memory needs are not checked.",
+        description="Memory of one GPU (of one session, without GPUs), in bytes. Unset: that of the smallest GPU of "
+        "the pool, as far as it is known; without GPUs, memory needs are not checked.",
     )
     cpus: float = Field(default=1.0, gt=0, description="CPUs of the Ray cluster that a session without a GPU reserves.")
     lease_seconds: float = Field(
@@ -165,6 +207,16 @@ class JobSettings(_Section):
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         default=(), description="Where training metrics are written in addition to the database."
     )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether jobs train on GPUs; "auto" that was not decided for a machine means the CPU."""
+        return self.use_gpu is True
+
+    @property
+    def gpu_share(self) -> float:
+        """The share of one GPU that a job takes, of Ray's resources and of the memory."""
+        return ray_share((self.gpu_fraction or 1.0) / self.per_gpu)
 
 
 class Settings(BaseSettings):

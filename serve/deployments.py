@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve
 
 from loramill import logs
-from loramill.gpus import ONLY_ASSIGNED_GPUS
+from loramill.gpus import GPU_ALLOCATOR, ONLY_ASSIGNED_GPUS, ray_share
 from loramill.serve.autoscaling.ray_policy import UNDELAYED
 from loramill.serve.replica.engine_deployment import EngineDeployment
 from loramill.serve.transport.http_server import HttpServer
@@ -185,11 +184,15 @@ def with_fixed_device(settings: ServeSettings) -> ServeSettings:
 
 
 def engine_options(settings: Settings) -> dict[str, Any]:
-    """Ray options of an engine replica: a whole GPU if the device is cuda, otherwise none."""
-    gpus = 1 if settings.serve.device == "cuda" else 0
-    threads = one_thread_env(settings.serve.threads)
-    environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | threads | metrics_env(settings)
-    return {"num_cpus": 0.1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+    """Ray options of an engine replica: its share of a GPU if the device is cuda, otherwise none."""
+    environment = SINGLE_LOOP_ENV | ONLY_ASSIGNED_GPUS | one_thread_env(settings.serve.threads) | metrics_env(settings)
+    options: dict[str, Any] = {"num_cpus": 0.1, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
+    if settings.serve.device == "cuda":
+        options["runtime_env"] = {"env_vars": environment | GPU_ALLOCATOR}
+        options["num_gpus"] = ray_share(settings.serve.gpu_fraction or 1.0)
+        if settings.serve.accelerator_type is not None:
+            options["accelerator_type"] = settings.serve.accelerator_type
+    return options
 
 
 def metrics_env(settings: Settings) -> dict[str, str]:
@@ -204,9 +207,6 @@ def one_thread_env(threads: int) -> dict[str, str]:
 
 def deploy(settings: Settings) -> None:
     """Starts or updates the application on the Ray cluster of this process; returns when it answers."""
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus and settings.serve.device == "auto":
-        log.warning("the engine runs on a CPU of a cluster with %d GPUs: set serve.device to cuda or cpu", gpus)
     if settings.serve.ingress == "direct":
         serve.start(proxy_location="Disabled")
     else:

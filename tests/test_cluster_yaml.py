@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from loramill.cli.main import app
 from loramill.settings import Settings
+from loramill.sizing.devices import accelerator_bytes
 
 PATH = Path(__file__).parents[1] / "cluster.yaml"
 
@@ -27,7 +28,7 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
     validate_config(prepare_config(config))
 
 
-@pytest.mark.parametrize("keys", [(), ("auth",), ("docker",), ("available_node_types", "small-gpu")])
+@pytest.mark.parametrize("keys", [(), ("auth",), ("docker",), ("available_node_types", "training-gpu")])
 def test_ray_refuses_a_typo(config: dict[str, Any], keys: tuple[str, ...]) -> None:
     section = config
     for key in keys:
@@ -53,6 +54,23 @@ def test_head_without_gpu_and_workers_that_scale_from_zero(config: dict[str, Any
     for name in families:
         assert nodes[name]["min_workers"] == 0
         assert 0 < nodes[name]["max_workers"] <= prepared["max_workers"]
+
+
+def test_engines_and_jobs_are_placed_on_nodes_that_fit_them(config: dict[str, Any]) -> None:
+    header = PATH.read_text().split("\ncluster_name:")[0]
+    placed = dict(re.findall(r"LORAMILL_(SERVE|JOBS)__ACCELERATOR_TYPE=(\S+)", header))
+    assert {"LORAMILL_SERVE__DEVICE=cuda", "LORAMILL_JOBS__USE_GPU=true"} <= set(header.split())
+    # AWS's families by the GPU that Ray detects in them.
+    families = {"g6e": "L40S", "g6": "L4"}
+    nodes = config["available_node_types"]
+    serving, training = nodes["serving-gpu"], nodes["training-gpu"]
+    for node, part in ((serving, "SERVE"), (training, "JOBS")):
+        assert families[node["node_config"]["InstanceType"].partition(".")[0]] == placed[part]
+        assert accelerator_bytes(placed[part]) is not None, "jobs can be sized for it"
+    assert "InstanceMarketOptions" not in serving["node_config"]
+    sessions = re.search(r"LORAMILL_JOBS__SESSIONS=(\d+)", header)
+    assert sessions and int(sessions[1]) <= training["max_workers"]
+    assert 60 * config["idle_timeout_minutes"] >= 5 * Settings().jobs.idle_seconds
 
 
 def test_the_image_has_the_version_of_ray_that_is_tested(config: dict[str, Any]) -> None:

@@ -9,6 +9,10 @@ import pytest
 import ray
 
 from loramill.gpus import ONLY_ASSIGNED_GPUS
+from loramill.gpus.machine import Gpu
+from loramill.gpus.sharing import decide_devices
+from loramill.serve.deployments import engine_options
+from loramill.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +48,14 @@ def test_a_process_sees_only_the_gpu_that_it_requested():
     assert ray.get([supervisor.sees.remote(), session.sees.remote()]) == ["", "0"]
     # What the supervisor starts inherits its environment.
     assert ray.get([supervisor.child_sees.remote(0), supervisor.child_sees.remote(0.5)]) == ["", "0"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_engine_and_its_sessions_are_placed_on_one_gpu():
+    gpu = Gpu(name="NVIDIA H100", bytes=79 << 30, capability=(9, 0), free_bytes=79 << 30, driver="580.82.07")
+    settings = decide_devices(Settings(jobs={"sessions": 16, "per_gpu": 3}), (gpu,), "13.0").settings
+    assert settings.jobs.sessions == 3
+    engine = process(engine_options(settings)["num_gpus"])
+    sessions = [process(settings.jobs.gpu_share) for _ in range(settings.jobs.sessions)]
+    assert ray.get([each.sees.remote() for each in (engine, *sessions)], timeout=60) == ["0"] * 4
+    assert ray.available_resources().get("GPU", 0) < settings.jobs.gpu_share

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from loramill import logs
-from loramill.gpus import ONLY_ASSIGNED_GPUS
+from loramill.gpus import GPU_ALLOCATOR, ONLY_ASSIGNED_GPUS
 from loramill.settings import Settings
 from loramill.storage.object_store import open_filesystem
 
@@ -31,8 +31,10 @@ def run_dedicated(settings: Settings, job_id: str, gpus: int) -> None:
     """Runs one attempt of a job in `gpus` processes, each with a GPU, or without GPUs where the pool has none."""
     from ray.train.torch import TorchConfig
 
-    # Each GPU is this job's alone, whatever fraction a session takes.
-    whole_gpus = settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"per_gpu": 1})})
+    # The GPUs are this job's alone, whatever share a session takes, except for the share of an engine. Several
+    # processes need whole GPUs: Ray could place two of them on one GPU, which NCCL refuses.
+    alone = {"per_gpu": 1} if gpus == 1 else {"per_gpu": 1, "gpu_fraction": 1.0}
+    whole_gpus = settings.model_copy(update={"jobs": settings.jobs.model_copy(update=alone)})
     # Gloo on GPUs, too: the processes connect again by NCCL for tensors that cross GPUs.
     backend = TorchConfig(backend="gloo")
     _fit(_run_dedicated, whole_gpus, {"worker_slot": job_id}, workers=gpus, backend=backend, max_failures=0)
@@ -57,18 +59,25 @@ def _fit(
     from loramill.jobs.ray.lean_trainer import LeanTrainer
 
     jobs = settings.jobs
-    resources = {"GPU": 1 / jobs.per_gpu} if jobs.use_gpu else {"CPU": jobs.cpus}
+    resources, variables = {"CPU": jobs.cpus}, ONLY_ASSIGNED_GPUS
+    if jobs.on_gpu:
+        resources, variables = {"GPU": jobs.gpu_share}, ONLY_ASSIGNED_GPUS | GPU_ALLOCATOR
     name = f"{config['worker_slot']}-{uuid.uuid4().hex[:12]}"  # never used again
     trainer = LeanTrainer(
         train,
         train_loop_config={"settings": settings.model_dump(mode="json"), **config},
         backend_config=backend,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=jobs.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=jobs.on_gpu,
+            resources_per_worker=resources,
+            accelerator_type=jobs.accelerator_type if jobs.on_gpu else None,
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=settings.sessions,
             failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": ONLY_ASSIGNED_GPUS},
+            worker_runtime_env={"env_vars": variables},
         ),
     )
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from functools import cache
 from typing import Any
 
@@ -18,14 +19,15 @@ from ray.train.torch import get_device
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import JobError
+from loramill.gpus.process import open_gpu
 from loramill.jobs.scheduling.reconciler import worker_name
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup, connect_processes
 from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, run_jobs, training_steps
 from loramill.models.catalog import find_base, load_for_training
-from loramill.registry import Registry
+from loramill.registry import Registry, pool_gpus
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings, Settings
-from loramill.types import Executor, JobRecord
+from loramill.types import Executor, GpuInfo, JobRecord
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,9 @@ NICENESS = 15
 def run_session(config: dict[str, Any]) -> None:
     """Runs jobs until the session has been idle for long or its worker slot is ending or no longer its holder's."""
     settings, slot, holder = Settings.model_validate(config["settings"]), config["worker_slot"], config["holder"]
-    worker = build_worker(settings, slot, "session", select_device(settings.jobs))
+    device, gpu = select_device(settings.jobs)
+    worker = build_worker(settings, slot, "session", device)
+    report_gpu(worker.registry, gpu)
     worker.model()  # load the base before the first job is leased
 
     def should_stop(idle_seconds: float) -> bool:
@@ -51,8 +55,9 @@ def run_session(config: dict[str, Any]) -> None:
 def run_dedicated(config: dict[str, Any]) -> None:
     """Runs one attempt of the job whose id is the worker slot's name, together with the trainer's other processes."""
     settings, job_id = Settings.model_validate(config["settings"]), config["worker_slot"]
-    device = select_device(settings.jobs)
+    device, gpu = select_device(settings.jobs)
     worker = build_worker(settings, job_id, "dedicated", device, connect_processes(device))
+    report_gpu(worker.registry, gpu)
     job = broadcast_job(lease_next_job(worker, job_id) if worker.process_group.rank == 0 else None)
     if job is None:
         return  # it was cancelled meanwhile, or another supervisor's trainer leased it
@@ -87,21 +92,29 @@ def build_worker(
     )
 
 
-def select_device(settings: JobSettings) -> torch.device:
-    """Returns the device to train on: this process's share of the GPU that Ray assigned to it, or the CPU.
+def select_device(settings: JobSettings) -> tuple[torch.device, GpuInfo | None]:
+    """Returns the device to train on: the CPU, or the GPU that Ray assigned to this process, and the GPU's description.
 
     A GPU that torch sees is only used if the settings enable it. Ray's GPUs may not exist, as in tests.
+
+    Raises:
+        SetupError: the GPU is too old.
     """
     torch.set_num_threads(settings.threads)
-    if not settings.use_gpu or not torch.cuda.is_available():
-        return torch.device("cpu")
+    if not settings.on_gpu or not torch.cuda.is_available():
+        return torch.device("cpu"), None
     device: torch.device = get_device()
-    # Ray counts fractions of a GPU, and does not limit the memory that a process takes of it.
-    torch.cuda.set_per_process_memory_fraction(1 / settings.per_gpu, device)
     # cuDNN's attention makes a plan for each new length, about 1 s per pass forward and backward, and every pass has
     # one. torch prefers it on Hopper and Blackwell from 2.11 on.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
+    return device, open_gpu(settings.gpu_share, device)
+
+
+def report_gpu(registry: Registry, gpu: GpuInfo | None) -> None:
+    """Reports this process's GPU to the registry, so that jobs are sized for the smallest GPU of the pool."""
+    if gpu is not None:
+        with registry.writing() as session:
+            pool_gpus.report(session, gpu, now=time.time())
 
 
 def broadcast_job(job: JobRecord | None) -> JobRecord | None:

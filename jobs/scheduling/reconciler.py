@@ -173,7 +173,7 @@ def worker_slot_of(worker: str) -> str:
 def _slots_needed(session: Session, job: queue.QueuedJob, settings: JobSettings) -> int:
     if job.executor == "session":
         return 1
-    return jobs.get(session, job.id).spec.gpus * (settings.per_gpu if settings.use_gpu else 1)
+    return jobs.get(session, job.id).spec.gpus * (settings.per_gpu if settings.on_gpu else 1)
 
 
 def _run_logged(name: str, run: Callable[[], None]) -> None:

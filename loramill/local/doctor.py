@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +27,13 @@ from typing import TYPE_CHECKING, Any
 from loramill import __version__
 from loramill.errors import LoramillError, SettingsInvalid
 from loramill.extras import install_command
+from loramill.gpus.machine import list_gpus
+from loramill.local.findings import Finding, Status
+from loramill.local.gpus import GpuSetup, gpu_findings, python_header, triton_compiler
 from loramill.local.machine import c_compiler
 from loramill.plural import counted
 from loramill.settings import Settings
-from loramill.types import FrozenModel
+from loramill.types import GpuInfo
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -82,9 +84,15 @@ print(json.dumps({
     "threads": torch.get_num_threads(),
     "capability": torch.backends.cpu.get_cpu_capability(),
     "cuda": torch.version.cuda,
-    "gpus": [[torch.cuda.get_device_name(i), torch.cuda.get_device_properties(i).total_memory]
-             for i in range(torch.cuda.device_count())] if cuda else [],
+    "gpus": [{"name": gpu.name, "bytes": gpu.total_memory, "capability": [gpu.major, gpu.minor]}
+             for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))] if cuda else [],
 }))
+"""
+_BITSANDBYTES = """
+import json
+from bitsandbytes.cextension import lib
+usable = type(lib).compiled_with_cuda
+print(json.dumps(None if usable else vars(lib).get("error_msg") or "only its CPU library loads"))
 """
 _KERNELS = """
 import json, sys, torch
@@ -95,23 +103,6 @@ print(json.dumps([device, backend(device).name]))
 _RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
 _PROBE_SECONDS = 180.0
 _GATEWAY_SECONDS = 3.0
-
-
-class Status(StrEnum):
-    """Result of a check; only `error` makes loramill unusable."""
-
-    OK = "ok"
-    WARN = "warn"
-    ERROR = "error"
-
-
-class Finding(FrozenModel):
-    """Result of one check, with the fix if there is a problem."""
-
-    what: str
-    status: Status
-    found: str
-    fix: str = ""
 
 
 class _ProbeError(Exception):
@@ -231,7 +222,22 @@ def hardware(settings: Settings) -> Iterable[Finding]:
         yield Finding(what="torch starts", status=Status.ERROR, found=str(error), fix=fix)
         return
     yield cpu(seen["capability"], _cpu_flags(), os.cpu_count() or 1, seen["threads"])
-    yield gpu(seen["gpus"], seen["cuda"], shutil.which("nvidia-smi") is not None, settings.serve.device)
+    visible = [GpuInfo.model_validate(gpu) for gpu in seen["gpus"]]
+    setup = GpuSetup(
+        seen["cuda"], visible, list_gpus(), triton_compiler(), python_header(), _bitsandbytes() if visible else None
+    )
+    yield from gpu_findings(setup, settings)
+
+
+def _bitsandbytes() -> str | None:
+    """Why bitsandbytes can't use CUDA; None if it can, or is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    try:
+        reason = _probe(_BITSANDBYTES)
+    except _ProbeError as error:
+        return str(error)
+    return None if reason is None else str(reason).splitlines()[0]
 
 
 def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
@@ -243,30 +249,6 @@ def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Fin
             what="cpu", status=Status.WARN, found=found, fix="Without AVX2 everything is slow: use another processor."
         )
     return Finding(what="cpu", status=Status.OK, found=found)
-
-
-def gpu(gpus: list[tuple[str, int]], cuda: str | None, driver: bool, device: str) -> Finding:
-    """Reports the GPUs.
-
-    Args:
-        gpus: Name and memory in bytes of each GPU that torch sees.
-        cuda: CUDA version that torch was built for.
-        driver: Whether an NVIDIA driver is installed.
-        device: The setting `serve.device`.
-    """
-    if gpus:
-        found = f"{', '.join(f'{name} ({memory / 2**30:.0f} GiB)' for name, memory in gpus)}, CUDA {cuda}"
-        if device != "cuda":
-            found += "; `loramill up` serves on the CPU until LORAMILL_SERVE__DEVICE is cuda"
-        return Finding(what="gpu", status=Status.OK, found=found)
-    if driver:
-        fix = "Install a torch built for CUDA (see pytorch.org)." if cuda is None else "Check the output of nvidia-smi."
-        found = "there is a driver, but torch sees no GPU"
-        return Finding(what="gpu", status=Status.WARN, found=found, fix=fix)
-    if device == "cuda":
-        fix = "Set LORAMILL_SERVE__DEVICE to auto, unless another node serves."
-        return Finding(what="gpu", status=Status.WARN, found="none, but serve.device is cuda", fix=fix)
-    return Finding(what="gpu", status=Status.OK, found="none; everything runs on the CPU")
 
 
 def kernels(settings: Settings) -> Iterable[Finding]:

@@ -90,7 +90,7 @@ def required_memory(base: Base, settings: Settings) -> int:
     from loramill.sizing.memory import base_bytes
 
     weights = base_bytes(anatomy(read_config(str(base.folder))), base.quantization, "cpu")
-    on_cpu = (settings.serve.device != "cuda") + (not settings.jobs.use_gpu)
+    on_cpu = (settings.serve.device != "cuda") + (not settings.jobs.on_gpu)
     return OVERHEAD_BYTES + 2 * PROCESS_BYTES + on_cpu * weights
 
 

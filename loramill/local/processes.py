@@ -31,7 +31,10 @@ from rich.markup import escape
 from loramill.data.encoding import limitations
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import Conflict, DiskFull, LoramillError, PortTaken, SetupError, Unauthenticated
+from loramill.gpus import ONLY_ASSIGNED_GPUS
+from loramill.gpus.machine import list_gpus
 from loramill.local import background
+from loramill.local.gpus import check_gpu_memory, choose_devices
 from loramill.local.machine import bypass_proxy, c_compiler, check_memory, free_memory, local_addresses, socket_folder
 from loramill.local.up_log import ClusterLog
 from loramill.models.catalog import Base, find_base
@@ -60,7 +63,7 @@ NO_COMPILER = (
 CLUSTER = ("-m", "loramill.pipelines.cluster.deploy")
 
 #: Settings of Ray for one machine: its own token, no usage reports, fast detection of failures.
-RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = ONLY_ASSIGNED_GPUS | {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -105,6 +108,7 @@ def up(
     with home_lock(settings):
         try:
             base = prepare(settings, console)
+            settings = place_on_devices(base, settings, console)
         except LoramillError:
             if not stop.is_set():  # otherwise Ctrl-C made it fail
                 raise
@@ -133,12 +137,26 @@ def prepare(settings: Settings, console: Console) -> Base:
         migrate(settings.database)
         ensure_admin_key(settings)
     base = prepare_base(settings, console)
-    check_memory(base, settings, free_memory())
     for line in describe_other_bases(settings, base):
         console.print(line, soft_wrap=True)
     if c_compiler() is None:
         console.print(f"[yellow]{NO_COMPILER}[/yellow]", soft_wrap=True)
     return base
+
+
+def place_on_devices(base: Base, settings: Settings, console: Console) -> Settings:
+    """Decides on which devices engines and sessions run, and prints what was decided about GPUs.
+
+    Raises:
+        SetupError: The settings require a GPU that this machine does not have, or there is too little memory.
+    """
+    gpus = list_gpus()
+    decision = choose_devices(settings, gpus, base.architecture)
+    if decision.explanation is not None:
+        console.print(decision.explanation, soft_wrap=True, markup=False)
+    check_memory(base, decision.settings, free_memory())
+    check_gpu_memory(base, decision.settings, gpus)
+    return decision.settings
 
 
 def prepare_base(settings: Settings, console: Console) -> Base:

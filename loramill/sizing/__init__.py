@@ -51,7 +51,7 @@ def fit_spec(
             a submitter set stays.
 
     Returns:
-        The spec, and a sentence for the job's events. Where `device_bytes` is not set: the spec unchanged, and None.
+        The spec, and a sentence for the job's events. Without known memory of a device: the spec unchanged, and None.
 
     Raises:
         DoesNotFit: no choice fits; `nearest` lists the nearest jobs that do.

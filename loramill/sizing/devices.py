@@ -29,6 +29,16 @@ def gpu_bytes(text: str) -> int:
     return round(_USABLE * memory_bytes(text, f"or a GPU's name ({', '.join(GPU_GIB)})", "gpu"))
 
 
+def accelerator_bytes(name: str | None) -> int | None:
+    """Bytes that a program can use on a GPU by Ray's name for it, such as "L40S"; None if they are not known."""
+    if name is None:
+        return None
+    # Ray has one name for the A100 with 40 GB and with 80 GB; what fits the smaller one fits both.
+    key = {"a100": "a100-40"}.get(name.lower(), name.lower())
+    gib = GPU_GIB.get(key)
+    return None if gib is None else round(gib * 2**30)
+
+
 def memory_bytes(text: str, hint: str = "for instance 16GB", param: str = "cpu") -> int:
     """Bytes of a size such as "16GB" (GiB).
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from loramill.gpus import CONTEXT_BYTES
 from loramill.sizing.anatomy import Anatomy
 from loramill.sizing.targets import TrainedElements, trained_elements
 from loramill.types import JobSpec, Quantization
@@ -23,8 +24,8 @@ NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
 #: Memory of a process with torch and transformers, without tensors, after its first step.
 _PROCESS = 580 * 10**6
-#: The CUDA context with its libraries; and cuBLAS's workspace, which torch counts as a tensor.
-_CONTEXT, _CUBLAS = 700 * 2**20, 32 * 2**20
+#: cuBLAS's workspace, which torch counts as a tensor.
+_CUBLAS = 32 * 2**20
 
 #: Memory that glibc's malloc can't reuse with its default thresholds, which grow to 32 MiB: temporary tensors of a
 #: layer leave holes between those that stay. Measured by `loramill-bench train`: a fraction of all activations, and a
@@ -192,7 +193,7 @@ def framework(device: Device) -> MemoryItem:
     """The memory of the process before it has tensors."""
     if device == "cpu":
         return MemoryItem("framework", _PROCESS, "the process with its libraries")
-    return MemoryItem("framework", _CONTEXT, "the CUDA context with its libraries")
+    return MemoryItem("framework", CONTEXT_BYTES, "the CUDA context with its libraries")
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from loramill.errors import DoesNotFit
 from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy
+from loramill.sizing.devices import accelerator_bytes
 from loramill.sizing.full_finetune import estimate_full
 from loramill.sizing.memory import Device, MemoryEstimate, MemoryRow, estimate, largest_row
 from loramill.sizing.targets import TrainedElements, trained_elements
@@ -37,7 +38,7 @@ class GpuPool:
 
     Attributes:
         device: a GPU or a CPU.
-        device_bytes: memory of one device.
+        device_bytes: memory of one device for jobs.
         sharers: number of jobs that share a device equally.
     """
 
@@ -47,14 +48,11 @@ class GpuPool:
 
     @classmethod
     def from_settings(cls, settings: JobSettings) -> GpuPool | None:
-        """The pool of the settings; None if `device_bytes` is not set."""
-        if settings.device_bytes is None:
-            return None
-        return (
-            cls("cuda", settings.device_bytes, settings.per_gpu)
-            if settings.use_gpu
-            else cls("cpu", settings.device_bytes)
-        )
+        """The pool of the settings; None if neither `device_bytes` nor a known `accelerator_type` is set."""
+        if not settings.on_gpu:
+            return None if settings.device_bytes is None else cls("cpu", settings.device_bytes)
+        found = settings.device_bytes or accelerator_bytes(settings.accelerator_type)
+        return None if found is None else cls("cuda", int(found * (settings.gpu_fraction or 1.0)), settings.per_gpu)
 
     @property
     def budget_bytes(self) -> int:

@@ -11,18 +11,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loramill.errors import InvalidRequest
+from loramill.errors import InvalidRequest, NotEnoughMemory
+from loramill.gpus import MIN_CAPABILITY
+from loramill.local.machine import free_memory
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.settings import Settings
 from loramill.sizing import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, anatomy, find_config
 from loramill.sizing import plan as choose_plan
+from loramill.sizing.anatomy import Anatomy
 from loramill.sizing.devices import gpu_bytes, memory_bytes
 from loramill.sizing.planner import plan_as_is
+from loramill.sizing.serving import planned_limits
 from loramill.submission.defaults import BATCH_SIZE, resolve_spec
 from loramill.submission.plan_options import PlanOptions
 from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
-from loramill.types import JobSpec, Quantization
+from loramill.types import GpuInfo, JobSpec, Quantization
 
 #: The defaults of a job depend on its number of examples; a plan has no file to count.
 _EXAMPLES = 1000
@@ -35,10 +39,12 @@ class JobPlan:
     Attributes:
         sizing: the memory, and the options that were chosen.
         device_known: whether the size of the device is known. If not, no options were chosen.
+        engine: the limits of an engine on such a GPU, or why there can be none, as a sentence; None without a GPU.
     """
 
     sizing: SizingPlan
     device_known: bool
+    engine: str | None = None
 
 
 def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
@@ -68,7 +74,8 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
         shared_prefixes=False,
     )
     device_known = pool.device_bytes > 0
-    return JobPlan(choose_plan(request) if device_known else plan_as_is(request, spec), device_known)
+    sizing = choose_plan(request) if device_known else plan_as_is(request, spec)
+    return JobPlan(sizing, device_known, _describe_engine(read, config, quantization, settings))
 
 
 def read_plan_options(options: Mapping[str, Any]) -> PlanOptions:
@@ -110,7 +117,21 @@ def _gpu_pool(options: PlanOptions, settings: Settings) -> GpuPool:
         return GpuPool("cuda", gpu_bytes(options.gpu), sharers)
     if options.cpu is not None:
         return GpuPool("cpu", memory_bytes(options.cpu))
-    return GpuPool.from_settings(settings.jobs) or GpuPool("cuda" if settings.jobs.use_gpu else "cpu", 0)
+    return GpuPool.from_settings(settings.jobs) or GpuPool("cuda" if settings.jobs.on_gpu else "cpu", 0)
+
+
+def _describe_engine(options: PlanOptions, base: Anatomy, quantization: Quantization, settings: Settings) -> str | None:
+    size = settings.jobs.device_bytes if settings.jobs.on_gpu else None
+    size = gpu_bytes(options.gpu) if options.gpu is not None else size
+    if size is None or options.cpu is not None or settings.serve.device == "cpu":
+        return None
+    gpu = GpuInfo(name="the GPU" if options.gpu is None else options.gpu, bytes=size, capability=MIN_CAPABILITY)
+    host = free_memory()
+    try:
+        limits = planned_limits(gpu, base, quantization, settings.serve, 0 if host is None else host.free_bytes)
+    except NotEnoughMemory as error:
+        return f"No engine fits: {error.message}"
+    return f"An engine with {settings.serve.gpu_fraction or 1:.0%} of {gpu}: {limits}."
 
 
 def _resolve(options: PlanOptions, context: int, settings: Settings) -> tuple[JobSpec, Quantization]:

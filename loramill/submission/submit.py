@@ -7,6 +7,7 @@ API) and the nightly pipeline submit jobs in this way.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.registry import adapters, audit, datasets, jobs
+from loramill.registry import adapters, audit, datasets, jobs, pool_gpus
 from loramill.settings import JobSettings
 from loramill.sizing import check_targets, fit_spec
 from loramill.submission.dataset_checks import DatasetChecks
@@ -136,7 +137,8 @@ def check_spec(
         valid = datasets.get(session, spec.valid, tenant)
         valid_lengths = context.checks.lengths(valid, spec.max_length, spec.train_on)
         warnings = context.checks.warnings(train, valid)
-    spec, explanation = fit_spec(spec, context.base, (*lengths, *valid_lengths), context.settings, adjustable)
+    pool = _with_known_gpu(session, context.settings)
+    spec, explanation = fit_spec(spec, context.base, (*lengths, *valid_lengths), pool, adjustable)
     cost = count_training_tokens(spec, lengths, train.examples)
     notes: list[tuple[Literal["info", "warn"], str]] = [("info", explanation)] if explanation else []
     notes += [("warn", warning) for warning in warnings]
@@ -149,6 +151,14 @@ def check_spec(
         metadata=metadata or {},
         notes=tuple(notes),
     )
+
+
+def _with_known_gpu(session: Session, settings: JobSettings) -> JobSettings:
+    """The settings with the memory of the smallest GPU that sessions have reported, unless they have a device's."""
+    if not settings.on_gpu or settings.device_bytes is not None:
+        return settings
+    gpu = pool_gpus.smallest(session, now=time.time())
+    return settings if gpu is None else settings.model_copy(update={"device_bytes": gpu.bytes})
 
 
 def queue(session: Session, job: CheckedJob, submitter: Submitter) -> JobRecord:

@@ -7,6 +7,7 @@ Times are seconds since the epoch (UTC). IDs have a prefix for their kind, as in
 from loramill.types.adapters import AdapterRecord, Alias, AliasChange, DeletionSummary, EvaluationRecord, VersionRecord
 from loramill.types.base import FrozenModel
 from loramill.types.datasets import DatasetRecord
+from loramill.types.devices import GpuInfo
 from loramill.types.jobs import (
     ALL_LINEAR,
     METHODS,
@@ -41,6 +42,7 @@ __all__ = [
     "EvaluationRecord",
     "Executor",
     "FrozenModel",
+    "GpuInfo",
     "JobEvent",
     "JobRecord",
     "JobSpec",

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-#: Tokens per second, of prompts and answers, that a fully loaded replica computes: a guess until it is measured.
+#: Tokens per second, of prompts and answers, that a fully loaded replica computes: a guess until a replica reports
+#: what to expect of its device, or its speed is measured.
 INITIAL_TOKENS_PER_SECOND = 500.0
 #: Time constant in seconds of the average over which the speed of a replica is measured.
 SPEED_WINDOW_SECONDS = 10.0
@@ -50,6 +51,7 @@ class ReplicaLoad:
         first_token_seconds: mean time to first token recently; 0 without one.
         running: number of running requests.
         waiting: number of waiting requests.
+        expected_tokens_per_second: speed under full load that the replica's device lets expect; 0: unknown.
     """
 
     pending_tokens: float = 0.0
@@ -57,6 +59,7 @@ class ReplicaLoad:
     first_token_seconds: float = 0.0
     running: float = 0.0
     waiting: float = 0.0
+    expected_tokens_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class PolicyState:
         tokens_per_second: measured speed of a fully loaded replica; None before the first measurement.
         sufficient: pairs of a time within the last `down_seconds` and the number of replicas that would have sufficed
             then. Numbers that a later one exceeds or equals are dropped, so the first pair has the highest number.
+        expected_tokens_per_second: the speed until it is measured, as replicas last reported it; None: never.
     """
 
     now: float
@@ -97,6 +101,7 @@ class PolicyState:
     last_change: float
     tokens_per_second: float | None = None
     sufficient: tuple[tuple[float, int], ...] = ()
+    expected_tokens_per_second: float | None = None
 
 
 class Reason(StrEnum):
@@ -157,7 +162,7 @@ def pending_tokens(replica_set: ReplicaSet) -> float:
 
 
 def _speed(state: PolicyState) -> float:
-    return state.tokens_per_second or INITIAL_TOKENS_PER_SECOND
+    return state.tokens_per_second or state.expected_tokens_per_second or INITIAL_TOKENS_PER_SECOND
 
 
 def _tokens_per_replica(state: PolicyState, targets: ScalingTargets) -> float:
@@ -171,6 +176,8 @@ def _is_slow(load: ReplicaLoad, targets: ScalingTargets) -> bool:
 
 def _observe(replica_set: ReplicaSet, state: PolicyState, targets: ScalingTargets) -> PolicyState:
     now = replica_set.now
+    if expected := [load.expected_tokens_per_second for load in replica_set.loads if load.expected_tokens_per_second]:
+        state = replace(state, expected_tokens_per_second=sum(expected) / len(expected))
     state = replace(state, tokens_per_second=_measure_speed(replica_set, state, targets))
     active = replica_set.queued_requests > 0 or any(load.running or load.waiting for load in replica_set.loads)
     sufficient = _sufficient_replicas(replica_set, state, targets)

@@ -39,7 +39,7 @@ class EngineDeployment:
         base = find_base(settings.base, settings.cache, settings.quantization)
         self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
         self._sender = Sender()
-        self._load = LoadWindow()
+        self._load = LoadWindow(self._replica.expected_tokens_per_second)
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)
         self._metrics_task = asyncio.create_task(self._update_metrics())
         # The objects so far stay: collecting garbage among them would stop all answers for 0.2 s each time.

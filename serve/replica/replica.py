@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -12,6 +13,8 @@ import torch
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import Conflict, ContextLengthExceeded, InvalidRequest, Unavailable
+from loramill.gpus.process import free_bytes, open_gpu
+from loramill.local.machine import free_memory
 from loramill.models.catalog import Base
 from loramill.serve.engine import (
     AdapterSource,
@@ -27,10 +30,11 @@ from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.masks import ConstraintCompiler
 from loramill.serve.replica.output_assembler import OutputAssembler
 from loramill.settings import ServeSettings
+from loramill.sizing import anatomy, read_config
+from loramill.sizing.serving import EngineLimits, cpu_limits, gpu_limits
+from loramill.types import GpuInfo
 
-#: Tokens per engine step, by device. On a CPU, more tokens make answers arrive in larger pieces and no sooner; a GPU
-#: with fewer tokens waits for its memory.
-_DEFAULT_BATCH_TOKENS = {"cpu": 128, "cuda": 2048}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +59,47 @@ def resolve_device(settings: ServeSettings) -> str:
     return settings.device
 
 
+def engine_config(settings: ServeSettings, limits: EngineLimits) -> EngineConfig:
+    """The configuration of an engine."""
+    return EngineConfig(
+        max_batch_tokens=limits.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        kv_tokens=limits.kv_tokens,
+        prefix_cache=settings.prefix_cache,
+        adapter_slots=settings.adapter_slots,
+        adapter_bytes=limits.adapter_bytes,
+        adapter_bits=settings.adapter_bits,
+        host_bytes=limits.host_bytes,
+        rank_budget=settings.rank_budget,
+        max_waiting=limits.max_waiting,
+    )
+
+
+def _gpu_limits(gpu: GpuInfo, base: Base, settings: ServeSettings) -> EngineLimits:
+    """The limits on the GPU of this process, to which the base has been loaded."""
+    share, host = settings.gpu_fraction or 1.0, free_memory()
+    return gpu_limits(
+        gpu,
+        anatomy(read_config(str(base.folder))),
+        base.quantization,
+        settings,
+        free_bytes=free_bytes(share, torch.device("cuda", torch.cuda.current_device())),
+        host_free_bytes=0 if host is None else host.free_bytes,
+    )
+
+
 class Replica:
-    """Answers text requests with the base and any adapter; a `GenerationBackend` for the gateway."""
+    """Answers text requests with the base and any adapter; a `GenerationBackend` for the gateway.
+
+    Attributes:
+        expected_tokens_per_second: speed of the engine under full load, until it is measured.
+    """
 
     def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
         self._context_length = base.context_length
         self._tokenizer = ChatTokenizer.load(base.folder)
         device = resolve_device(settings)
-        config = EngineConfig(
-            max_batch_tokens=settings.max_batch_tokens or _DEFAULT_BATCH_TOKENS[device],
-            max_sequences=settings.max_sequences,
-            kv_tokens=settings.kv_tokens,
-            prefix_cache=settings.prefix_cache,
-            adapter_slots=settings.adapter_slots,
-            adapter_bytes=settings.adapter_bytes,
-            adapter_bits=settings.adapter_bits,
-            host_bytes=settings.host_bytes,
-            rank_budget=settings.rank_budget,
-            max_waiting=settings.max_waiting,
-        )
+        gpu = open_gpu(settings.gpu_fraction or 1.0) if device == "cuda" else None
         self._stuck_seconds = settings.stuck_seconds
         self._last_step = time.monotonic()
         model = load_model(
@@ -83,7 +109,10 @@ class Replica:
             threads=settings.threads,
             device=device,
         )
-        self._engine = Engine(model, source, config)
+        limits = cpu_limits(settings) if gpu is None else _gpu_limits(gpu, base, settings)
+        log.info("engine on %s: %s", gpu or "the CPU", limits)
+        self.expected_tokens_per_second = limits.tokens_per_second
+        self._engine = Engine(model, source, engine_config(settings, limits))
         self._engine.warm_up()
         self._constraints = ConstraintCompiler(self._tokenizer, model.vocabulary)
         self._queues: dict[str, _OutputQueue] = {}

@@ -15,9 +15,14 @@ WINDOW_SECONDS = 10.0
 
 
 class LoadWindow:
-    """Averages an engine's statistics over the last `WINDOW_SECONDS`. Times are seconds of any one clock."""
+    """Averages an engine's statistics over the last `WINDOW_SECONDS`. Times are seconds of any one clock.
 
-    def __init__(self) -> None:
+    Args:
+        expected_tokens_per_second: speed of the engine under full load, until it is measured; 0: unknown.
+    """
+
+    def __init__(self, expected_tokens_per_second: float = 0.0) -> None:
+        self._expected_tokens_per_second = expected_tokens_per_second
         self._first_tokens: deque[tuple[float, float]] = deque()
         self._computed: deque[tuple[float, int]] = deque()
 
@@ -41,6 +46,7 @@ class LoadWindow:
             first_token_seconds=sum(seconds) / len(seconds) if seconds else 0.0,
             running=stats.running,
             waiting=stats.waiting,
+            expected_tokens_per_second=self._expected_tokens_per_second,
         )
 
     def autoscaling_stats(self, now: float, stats: EngineStats) -> dict[str, float]:

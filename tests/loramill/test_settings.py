@@ -56,3 +56,11 @@ def test_settings_show_where_they_come_from_and_no_secret(tmp_path: Path, monkey
     assert found["artifacts_url"].value == "s3://key:…@bucket/x?secret_access_key=…"
     assert found["url"].value == "http://127.0.0.1:9001"
     assert "hidden" not in " ".join(str(each.value) for each in found.values())
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("auto", "auto")])
+def test_use_gpu_is_a_switch_or_auto(monkeypatch: pytest.MonkeyPatch, text: str, value: object) -> None:
+    monkeypatch.setenv("LORAMILL_JOBS__USE_GPU", text)
+    settings = Settings.load()
+    assert settings.jobs.use_gpu == value and settings.jobs.on_gpu is (value is True)
+    assert Settings.model_validate(settings.model_dump(mode="json")).jobs == settings.jobs

@@ -7,6 +7,7 @@ from loramill.serve.deployments import engine_options, with_fixed_device
 from loramill.serve.replica import replica
 from loramill.serve.replica.replica import Replica, resolve_device
 from loramill.settings import ServeSettings, Settings
+from loramill.types import GpuInfo
 
 
 @pytest.mark.parametrize(("device", "gpus", "resolved"), [("auto", 0, "cpu"), ("cpu", 0, "cpu"), ("cuda", 1, "cuda")])
@@ -20,12 +21,30 @@ def test_a_replica_uses_only_the_gpu_that_ray_assigned(device, gpus, resolved, m
     assert resolve_device(with_fixed_device(settings)) == resolved
 
 
+@pytest.mark.parametrize(("fraction", "gpus"), [(None, 1), (0.5, 0.5), (1 / 3, 0.3333)])
+def test_a_replica_takes_its_share_of_a_gpu(fraction, gpus):
+    settings = ServeSettings(device="cuda", gpu_fraction=fraction, accelerator_type="L40S")
+    options = engine_options(Settings(serve=settings))
+    assert (options["num_gpus"], options["accelerator_type"]) == (gpus, "L40S")
+    assert options["runtime_env"]["env_vars"]["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_replica_on_a_cpu_requests_nothing_of_a_gpu():
+    options = engine_options(Settings(serve={"device": "cpu", "gpu_fraction": 0.5, "accelerator_type": "L40S"}))
+    assert options["num_gpus"] == 0 and "accelerator_type" not in options
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in options["runtime_env"]["env_vars"]
+
+
 @pytest.mark.parametrize("has_cuda", [True, False])
 def test_without_ray_auto_is_the_device_that_torch_finds(has_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     assert resolve_device(ServeSettings()) == ("cuda" if has_cuda else "cpu")
     assert resolve_device(ServeSettings(device="cpu")) == "cpu"
     assert resolve_device(ServeSettings(device="cuda")) == "cuda"
+
+
+#: What an engine on a CPU has by default.
+CPU_LIMITS = (32768, 2**30, 2**28, 16)
 
 
 class Started(Exception):
@@ -44,11 +63,22 @@ def test_the_device_decides_where_the_base_is_and_the_tokens_per_step(options, d
         seen.update(options)
 
     def engine(model, source, config):
-        seen["tokens"] = config.max_batch_tokens
+        seen["config"] = config
         raise Started
 
     monkeypatch.setattr(replica, "load_model", load)
     monkeypatch.setattr(replica, "Engine", engine)
+    gpu = GpuInfo(name="NVIDIA L4", bytes=22 << 30, capability=(8, 9))
+    monkeypatch.setattr(replica, "open_gpu", lambda share: seen.update(share=share) or gpu)
+    monkeypatch.setattr(replica, "free_bytes", lambda share, device: 10 << 30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(Started):
         Replica(base, lambda version: base.folder, ServeSettings(**options))
-    assert (seen["device"], seen["tokens"]) == (device, tokens)
+    config = seen["config"]
+    assert (seen["device"], config.max_batch_tokens) == (device, tokens)
+    if device == "cpu":
+        assert (config.kv_tokens, config.adapter_bytes, config.host_bytes, config.max_waiting) == CPU_LIMITS
+        assert "share" not in seen
+    else:
+        assert (seen["share"], config.max_waiting) == (1.0, 256)
+        assert config.kv_tokens > 100_000 and 2**30 <= config.adapter_bytes < 2 << 30

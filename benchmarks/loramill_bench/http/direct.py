@@ -16,11 +16,13 @@ import torch
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.models.catalog import Base
-from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
+from loramill.serve.engine import Engine, Request, SamplingParams
 from loramill.serve.model import load_model
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
+from loramill.serve.replica.replica import engine_config
 from loramill.settings import ServeSettings
+from loramill.sizing.serving import cpu_limits
 from loramill_bench.engine.driver import EngineDriver
 from loramill_bench.http.answers import Answer, Run
 from loramill_bench.http.workload import OUTPUT_TOKENS, CompletionRequest, Stream
@@ -131,11 +133,10 @@ def _requests(target: DirectTarget, tokenizer: ChatTokenizer, stream: Stream) ->
 @cache
 def _engine(target: DirectTarget) -> tuple[Engine, ChatTokenizer]:
     base, settings = target.base, target.settings
-    limits = {name: value for name, value in settings if name in EngineConfig.__slots__ and value is not None}
     model = load_model(
         base.folder, dtype=torch.bfloat16, quantization=base.quantization, threads=settings.threads, device="cpu"
     )
-    return Engine(model, target.source, EngineConfig(**limits)), ChatTokenizer.load(base.folder)
+    return Engine(model, target.source, engine_config(settings, cpu_limits(settings))), ChatTokenizer.load(base.folder)
 
 
 @cache

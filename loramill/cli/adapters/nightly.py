@@ -108,10 +108,11 @@ def _format_files(ids: Sequence[str]) -> str:
 
 
 def _open_registry() -> tuple[Settings, Registry]:
+    from loramill.local.gpus import settings_of_pool
     from loramill.registry import Registry
     from loramill.settings import Settings
 
-    settings = Settings.load()
+    settings = settings_of_pool(Settings.load())
     return settings, Registry.open(settings.database, settings.artifacts)
 
 

@@ -67,12 +67,13 @@ def plan(
     Default device: the pool of the settings; if its size is unknown, no options are chosen. Exits with 1 if the job
     does not fit, and shows the nearest jobs that do.
     """
+    from loramill.local.gpus import settings_of_pool
     from loramill.submission.plan import plan_job, read_plan_file
 
     if targets := options.get("targets"):
         options["targets"] = tuple(name.strip() for name in targets.split(","))
     try:
-        found = plan_job((read_plan_file(spec) if spec else {}) | drop_none(options), Settings.load())
+        found = plan_job((read_plan_file(spec) if spec else {}) | drop_none(options), settings_of_pool(Settings.load()))
     except DoesNotFit as error:
         if not json:
             raise
@@ -98,6 +99,7 @@ def _as_dict(found: JobPlan) -> dict[str, Any]:
         "micro_tokens": sizing.spec.micro_tokens,
         "gradient_checkpointing": sizing.spec.gradient_checkpointing,
         "offload": sizing.spec.offload,
+        "engine": found.engine,
     }
 
 
@@ -113,3 +115,5 @@ def _print_plan(found: JobPlan) -> None:
     if memory.host_bytes:
         print_line(f"Additional host memory: {format_bytes(memory.host_bytes)}.")
     print_line(found.sizing.explanation if found.device_known else "Give --gpu or --cpu to see whether the job fits.")
+    if found.engine is not None:
+        print_line(found.engine)

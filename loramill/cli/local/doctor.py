@@ -13,7 +13,8 @@ def doctor(json: JsonFlag = False) -> None:
 
     Exits with 1 if a problem makes loramill unusable.
     """
-    from loramill.local.doctor import Status, collapse_packages, examine
+    from loramill.local.doctor import collapse_packages, examine
+    from loramill.local.findings import Status
 
     with make_console(stderr=True).status("Examining this machine…"):
         findings = examine()

@@ -162,6 +162,16 @@ class WorkerSlotRow(TableBase):
     ending: Mapped[bool]
 
 
+class PoolGpuRow(TableBase):
+    """A kind of GPU on which a session or a trainer has run, and when one last started there."""
+
+    __tablename__ = "pool_gpus"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    bytes: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    capability: Mapped[str]
+    last_seen_at: Mapped[float]
+
+
 class EventRow(TableBase):
     """One line of a job's history."""
 

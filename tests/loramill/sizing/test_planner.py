@@ -237,6 +237,19 @@ def test_fit_spec_changes_nothing_if_the_pool_has_no_size(tmp_path: Path) -> Non
     assert refused.value.nearest == ()
 
 
+def test_the_pool_is_known_by_the_size_or_the_kind_of_its_gpus() -> None:
+    def pool(**options: object) -> GpuPool | None:
+        return GpuPool.from_settings(JobSettings.model_validate(options))
+
+    assert pool() is None and pool(use_gpu=True) is None and pool(use_gpu=True, accelerator_type="Other") is None
+    assert pool(use_gpu="auto", device_bytes=GIB) == GpuPool("cpu", GIB), "undecided: the CPU"
+    assert pool(use_gpu=True, device_bytes=24 * GIB, per_gpu=3) == GpuPool("cuda", 24 * GIB, 3)
+    assert pool(use_gpu=True, device_bytes=24 * GIB, gpu_fraction=0.5) == GpuPool("cuda", 12 * GIB)
+    assert pool(use_gpu=True, accelerator_type="L4") == GpuPool("cuda", 22 * GIB)
+    a100 = pool(use_gpu=True, accelerator_type="A100")
+    assert a100 is not None and a100.device_bytes == round(39.4 * GIB), "Ray's name is also that of the smaller A100"
+
+
 @pytest.mark.parametrize(
     ("text", "gib"), [("24GB", 23.52), ("48 gib", 47.04), ("h100", 79.1), ("NVIDIA H100", 79.1), ("512MB", 0.49)]
 )

@@ -16,7 +16,7 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly import run, train
 from loramill.pipelines.nightly.outcome import Verdict, outcomes
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
-from loramill.registry import Registry, adapters, audit, datasets, jobs, migrate, nightly, tenants
+from loramill.registry import Registry, adapters, audit, datasets, jobs, migrate, nightly, pool_gpus, tenants
 from loramill.registry.database.tables import JobRow
 from loramill.settings import Settings
 from loramill.sizing import GpuPool, SizingRequest, anatomy, read_config
@@ -24,7 +24,7 @@ from loramill.sizing.planner import candidate_plans
 from loramill.submission.dataset_checks import DatasetChecks
 from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.submission.submit import SubmissionContext, Submitter, check_request, queue
-from loramill.types import JobRecord, JobSpec, VersionRecord
+from loramill.types import GpuInfo, JobRecord, JobSpec, VersionRecord
 
 
 class Cluster:
@@ -162,6 +162,21 @@ def test_data_that_no_longer_fits_fails_its_adapter_alone(cluster: Cluster) -> N
     with cluster.registry.reading() as session:
         assert [each.adapter for each in nightly.list_set_aside(session)] == ["acme/long"]
     assert any(event.startswith("Fits: about") for event in cluster.events(cluster.latest("bolt/short")))
+
+
+def test_jobs_are_sized_for_the_smallest_gpu_that_sessions_reported(cluster: Cluster) -> None:
+    on_gpus = cluster.settings.jobs.model_copy(update={"use_gpu": True})
+    cluster.settings = cluster.settings.model_copy(update={"jobs": on_gpus})
+    unknown = cluster.submit("acme/first", rows(12))
+    assert not any(event.startswith("Fits") for event in cluster.events(unknown))
+    with cluster.registry.writing() as session:
+        for name, size in (("NVIDIA L4", 22 << 30), ("NVIDIA H100", 79 << 30)):
+            pool_gpus.report(session, GpuInfo(name=name, bytes=size, capability=(9, 0)), now=time.time())
+    sized = cluster.submit("acme/second", rows(12))
+    assert any("of 23.6 GB" in event for event in cluster.events(sized))
+    typed = cluster.settings.jobs.model_copy(update={"device_bytes": 2**33})
+    cluster.settings = cluster.settings.model_copy(update={"jobs": typed})
+    assert any("of 8.59 GB" in event for event in cluster.events(cluster.submit("acme/third", rows(12))))
 
 
 def test_each_job_of_a_nightly_run_has_an_audit_entry(cluster: Cluster) -> None:

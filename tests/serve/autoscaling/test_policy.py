@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -183,6 +183,18 @@ def test_a_wrong_initial_speed_is_corrected(guess, monkeypatch):
     seen = play(requests, ScalingTargets(), least=1, most=8, seconds=1800)
     assert seen.turns <= 4
     assert seen.late(0.9) < 3
+
+
+def test_the_first_speed_is_what_the_replicas_expect_of_their_device():
+    fast = ReplicaLoad(pending_tokens=30000, running=4, expected_tokens_per_second=8000)
+    first = decide(observed(0, 1, fast), None, TARGETS)
+    assert (first.replicas, first.reason) == (1, Reason.STEADY)
+    # Without replicas, the last report still counts.
+    again = decide(observed(1, 0, queued=100, least=0), first.state, TARGETS)
+    assert again.replicas == 1
+    busy = replace(fast, pending_tokens=33000, tokens_per_second=2000)
+    measured = decide(observed(100, 1, busy), first.state, TARGETS)
+    assert measured.replicas == 5 and measured.state.tokens_per_second == pytest.approx(2000, rel=0.01)
 
 
 def test_an_idle_base_scales_to_zero_and_back():
