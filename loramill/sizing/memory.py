@@ -258,8 +258,9 @@ def scratch(
 ) -> MemoryItem:
     """Temporary tensors of the backward pass of a layer, as far as they exceed the logits, which are freed by then."""
     b = dtype_bytes
-    # The gradients of the MLP's product and of its two factors; DoRA also scales the product's.
-    mlp = (4 if spec.method == "dora" else 3) * b * base.intermediate
+    # The gradients of the MLP's product and of its two factors. DoRA also scales the product's; and a layer that is not
+    # recomputed has a fourth.
+    mlp = (3 if spec.gradient_checkpointing and spec.method != "dora" else 4) * b * base.intermediate
     attention = _flash_gradients(base, b) if needs_no_mask(base, device, b) else 0
     if _eager(row, device):
         attention = 2 * b * base.heads * row.width
