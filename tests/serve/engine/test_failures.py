@@ -13,7 +13,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def fail_steps(driver, monkeypatch, should_fail, error=None):
-    """Makes the model raise in the steps whose chunks fulfil a condition; returns the chunks of all attempts."""
+    """Makes the model raise in the steps whose chunks fulfill a condition; returns the chunks of all attempts."""
     kind = type(driver.engine._model)
     forward, attempts = kind.forward, []
 
