@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from loramill.kernels.memory import to_device
-from loramill.serve.engine.scheduler import ScheduledChunk
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import ScheduledChunk
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 
 class PendingTokens:

@@ -27,8 +27,8 @@ from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
 from loramill.serve.engine.sampling.logprobs import token_logprobs
 from loramill.serve.engine.sampling.sampler import Sampler, sample
-from loramill.serve.engine.scheduler import ScheduledChunk, Scheduler, StepPlan
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler, StepPlan
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 from loramill.serve.engine.stats import Statistics
 from loramill.serve.engine.types import (
     AdapterSource,

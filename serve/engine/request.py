@@ -9,8 +9,8 @@ import torch
 
 from loramill.serve.engine.sampling.logprobs import token_logprobs
 from loramill.serve.engine.sampling.sampler import Sampler
-from loramill.serve.engine.scheduler import ScheduledChunk
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import ScheduledChunk
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 from loramill.serve.engine.types import FinishReason, Output, Request, TokenLogprobs
 
 #: Tokens that an answer is expected to get at most; few answers use all of their `max_tokens`.

@@ -10,7 +10,7 @@ from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.durations import DurationHistogram
 from loramill.serve.engine.request import RequestState
-from loramill.serve.engine.scheduler import Scheduler, StepPlan
+from loramill.serve.engine.scheduling.scheduler import Scheduler, StepPlan
 from loramill.serve.engine.types import EngineStats, Output
 
 

@@ -8,8 +8,8 @@ import torch
 from loramill.serve.engine import Engine, EngineConfig, FinishReason
 from loramill.serve.engine import engine as engine_module
 from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
-from loramill.serve.engine.scheduler import ScheduledChunk, Scheduler
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 from .conftest import VOCABULARY, Driver
 from .test_masks import Steps

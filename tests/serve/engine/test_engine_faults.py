@@ -8,8 +8,8 @@ import pytest
 from loramill.errors import EngineFault, Unavailable
 from loramill.serve.engine import FinishReason
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.scheduler import Scheduler
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import Scheduler
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 
 def always(version: str | None) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
+from loramill.serve.engine.scheduling.block_pool import BlockPool, block_key, root_key
 
 
 def chain(version, *blocks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 #: Steps that the rank budget may keep a sequence waiting before no other version may start ahead of it.
 _PATIENCE_STEPS = 64

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.block_pool import BlockPool, block_key, root_key
-from loramill.serve.engine.fair_queue import FairQueue
-from loramill.serve.engine.rank_budget import RankBudget
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.block_pool import BlockPool, block_key, root_key
+from loramill.serve.engine.scheduling.fair_queue import FairQueue
+from loramill.serve.engine.scheduling.rank_budget import RankBudget
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 
 @dataclass(frozen=True, slots=True)

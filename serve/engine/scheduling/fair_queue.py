@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loramill.errors import EngineFault
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 #: Tokens by which a new tenant is ahead of the others, so that it does not fall level with them halfway through its
 #: first prompt.

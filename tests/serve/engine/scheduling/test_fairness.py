@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from loramill.serve.engine import EngineConfig
-from loramill.serve.engine.scheduler import Scheduler
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import Scheduler
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 #: Seconds of a step: reading the weights, and each row's products.
 FIXED, ROW = 0.006, 0.0006

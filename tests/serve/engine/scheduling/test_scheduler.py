@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.engine.scheduler import Scheduler
-from loramill.serve.engine.sequence import RunningSequence
+from loramill.serve.engine.scheduling.scheduler import Scheduler
+from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 fresh = itertools.count(1000)
 
