@@ -131,7 +131,7 @@ def laid_out(prefix: int, lengths: Sequence[int]) -> list[EncodedExample]:
 @pytest.mark.parametrize(
     ("layout", "prefix", "lengths"),
     [(pack, 7, (3, 9, 2)), (pack, 1, (5, 2)), (pack, 0, (4, 2, 6)), (pack, 5, (8,)), (pad, 0, (6, 6, 4))],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # without a function's address
 )
 def test_attention_over_a_layout_equals_attention_with_its_mask(
     dtype: torch.dtype, heads: int, kv_heads: int, layout: Any, prefix: int, lengths: Sequence[int]
