@@ -167,13 +167,20 @@ def test_killed_train_controllers_free_their_resources(mill, globex: str) -> Non
         eventually(lambda: all(client.jobs.get(job).step >= 1 for job in both), 240, "a job in each session")
         for controller in mill.processes("ray::TrainController"):
             os.kill(controller, signal.SIGKILL)
-        killed = [client.jobs.get(job) for job in both]
-        assert [job.attempt for job in killed] == [1, 1]
-        for before in killed:
-            eventually(lambda before=before: client.jobs.get(before.id).step > before.step, 240, "the job resumes")
-            assert client.jobs.get(before.id).attempt == 2
+        # A worker that lost its controller may still take a step in the first attempt.
+        before = {job: client.jobs.get(job).step for job in both}
+
+        def resumes(job: str) -> bool:
+            now = client.jobs.get(job)
+            return now.attempt == 2 and now.step > before[job]
+
+        try:
+            for job in both:
+                eventually(lambda job=job: resumes(job), 240, "the job resumes in its second attempt")
+        finally:
+            for job in both:
+                client.jobs.cancel(job)
         for job in both:
-            client.jobs.cancel(job)
             eventually(lambda job=job: client.jobs.get(job).status is JobStatus.CANCELLED, 60, "the job is cancelled")
 
 
@@ -190,8 +197,11 @@ def test_the_access_log_has_a_request_under_its_id(mill, acme: str) -> None:
     answer = mill.openai(acme).chat.completions.with_raw_response.create(
         model="acme/codes", messages=[{"role": "user", "content": "a secret"}], max_tokens=2
     )
-    text = (mill.home / "logs" / "access.log").read_text()
-    [line] = [line for line in text.splitlines() if answer.headers["x-request-id"] in line]
+    log, request_id = mill.home / "logs" / "access.log", answer.headers["x-request-id"]
+    # The line is written after the answer is sent.
+    eventually(lambda: request_id in log.read_text(), 60, "the request is in the access log")
+    text = log.read_text()
+    [line] = [line for line in text.splitlines() if request_id in line]
     found = json.loads(line)
     assert (found["tenant"], found["path"], found["status"]) == ("acme", "/v1/chat/completions", 200)
     assert "secret" not in text and acme not in text
