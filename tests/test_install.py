@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tomllib
@@ -47,6 +48,7 @@ def test_only_an_install_that_worked_is_marked_as_finished(
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    (tmp_path / "loramill" / "jobs").mkdir(parents=True)
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/sh\n"
@@ -58,8 +60,25 @@ def test_only_an_install_that_worked_is_marked_as_finished(
     )
     python.chmod(0o755)
     stamp = tmp_path / ".venv" / ".installed"
-    ran = subprocess.run(
-        ["make", "-C", str(tmp_path), "install", f"PYTHON={python}"], capture_output=True, text=True, check=False
-    )
+    ran = make_install(tmp_path, f"PYTHON={python}")
     assert (ran.returncode == 0, stamp.exists()) == (finishes, finishes), ran.stdout + ran.stderr
     assert "Installing into .venv" in ran.stdout
+
+
+def test_a_clone_without_links_is_refused(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "constraints.txt").touch()
+    (tmp_path / "loramill").mkdir()
+    (tmp_path / "loramill" / "jobs").write_text("../jobs")
+    ran = make_install(tmp_path)
+    assert ran.returncode and "loramill/jobs is not a link" in ran.stdout
+
+
+def make_install(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `make install` in a folder, without the flags of a make that runs these tests."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    command = ["make", "-C", str(folder), "install", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -13,9 +13,10 @@ import torch
 
 from loramill.errors import EngineFault, Unavailable
 from loramill.models.catalog import Base
-from loramill.serve.engine import Engine, FinishReason, engine, scheduler
+from loramill.serve.engine import Engine, FinishReason, engine
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.request_table import RequestTable
+from loramill.serve.engine.scheduling import scheduler
 from loramill.serve.engine.scheduling.block_pool import BlockPool, root_key
 from loramill_bench.engine import harness as harnesses
 from loramill_bench.engine import memory, tracker

@@ -357,8 +357,11 @@ def test_wrong_tensors_and_slabs_are_errors(loaded):
         (torch.int8, layout, "don't read torch.int8 adapters"),
     ):
         other = Slab(SITES, slots=1, size=1 << 20, dtype=dtype, layout=laid_out)
+        packed = other.pack(random_adapter(torch.float32))
+        slot = other.allocate(packed.bytes)
+        other.load(slot, packed)
         with pytest.raises(EngineFault, match=match):
-            lora(x, y, other.views[0], Batch.of([(None, 2)]))
+            lora(x, y, other.views[0], Batch.of([(slot, 2)]))
 
 
 @settings(deadline=None)

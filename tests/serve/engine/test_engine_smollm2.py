@@ -132,7 +132,7 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
     assert engine.stats.preemptions > 0, engine.stats
     again, engine = answers(decoder, folders, [prompts[i] for i in (57, 58, 59, 57, 58, 59)], max_sequences=2)
     assert again == [got[i] for i in (57, 58, 59, 57, 58, 59)]
-    assert engine.stats.reused_tokens > 500
+    assert engine.stats.reused_tokens > 300
     # The same prompt has a different answer under each version.
     story = prompts[44][1]
     outputs, _ = answers(decoder, folders, [(version, story) for version in VERSIONS])
