@@ -132,7 +132,10 @@ def test_64_prompts_answer_as_transformers_and_peft_and_in_any_batch(base, folde
     assert engine.stats.preemptions > 0, engine.stats
     again, engine = answers(decoder, folders, [prompts[i] for i in (57, 58, 59, 57, 58, 59)], max_sequences=2)
     assert again == [got[i] for i in (57, 58, 59, 57, 58, 59)]
-    assert engine.stats.reused_tokens > 300
+    # All full blocks of each prompt before its last token, and those of a sequence that was preempted, if one was: that
+    # depends on when an adapter is loaded.
+    block = EngineConfig().block_size
+    assert engine.stats.reused_tokens >= sum((len(prompts[i][1]) - 1) // block * block for i in (57, 58, 59))
     # The same prompt has a different answer under each version.
     story = prompts[44][1]
     outputs, _ = answers(decoder, folders, [(version, story) for version in VERSIONS])
