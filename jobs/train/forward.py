@@ -68,7 +68,7 @@ def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: Pa
 
 
 def attention_window(model: PreTrainedModel) -> int | None:
-    """Number of tokens that a token attends to at most in some layer; None if there is no such limit.
+    """The sliding window of the layers that have one, in tokens; None if no layer has one.
 
     It is also None if attention takes a mask, since the masks of `PackedRows` have no window.
     """

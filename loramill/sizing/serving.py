@@ -83,7 +83,7 @@ def gpu_limits(
         host_free_bytes: free memory of the host.
 
     Raises:
-        NotEnoughMemory: there is no memory for a KV cache.
+        NotEnoughMemory: what the base leaves is too small for a KV cache.
     """
     batch = settings.max_batch_tokens or _batch_tokens(base, quantization, settings, free_bytes)
     adapters = settings.adapter_bytes or _adapter_bytes(base, settings, free_bytes)

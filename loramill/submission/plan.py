@@ -57,7 +57,7 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
     Raises:
         InvalidRequest: an option is unknown or invalid; `param` names it.
         DoesNotFit: no choice fits; `nearest` lists the nearest jobs that do.
-        BaseUnusable: there is no such base.
+        BaseUnusable: the base does not exist.
     """
     read = read_plan_options(options)
     pool = _gpu_pool(read, settings)

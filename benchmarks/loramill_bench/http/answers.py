@@ -92,5 +92,5 @@ def check_complete(server: str, runs: Iterable[Run]) -> None:
 
 def _percentile(seconds: Sequence[float], percentile: float) -> float:
     if not seconds:
-        raise EngineFault("There is no complete answer to measure.")
+        raise EngineFault("No answer was completed, so there is nothing to measure.")
     return float(np.percentile(seconds, percentile))

@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Download a version as a folder that PEFT, vLLM and `loramill generate` load.
 
-    Each file is verified against its stored hash. After an error there is no folder.
+    Each file is verified against its stored hash. If an error occurs, no folder is left behind.
     """
     columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = make_console(stderr=True)

@@ -52,7 +52,7 @@ async def find_model(gateway: Gateway, caller: Caller, text: str) -> Target:
 
     Raises:
         Forbidden: the adapter belongs to another tenant, whether it exists or not.
-        ModelNotFound: there is no such base, adapter, alias or version.
+        ModelNotFound: the base, adapter, alias or version does not exist.
     """
     name = ModelName.parse(text)
     if name.adapter is None:

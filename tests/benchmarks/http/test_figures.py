@@ -43,7 +43,7 @@ def test_figures_are_of_complete_answers() -> None:
     assert answers.median_first_token(run) == 0.5
     assert answers.p99_gap(run) == pytest.approx(0.25)
     assert answers.p95_latency(run) == 2.0
-    with pytest.raises(EngineFault, match="There is no complete answer"):
+    with pytest.raises(EngineFault, match="No answer was completed"):
         answers.p95_latency(Run(1.0, 0.0, tuple(wrong)))
 
 
