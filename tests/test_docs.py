@@ -286,7 +286,7 @@ def filled(text: str, admin: Client, url: str) -> str:
     """A page's text with this gateway's address, and ids in place of its examples."""
     if "ftjob-" in text:
         found = list(admin.jobs.list())
-        text = text.replace("ftjob-new", found[0].id).replace("ftjob-1", found[-1].id)
+        text = re.sub("ftjob-(new|1)", lambda example: found[0 if example[1] == "new" else -1].id, text)
     if "3f2a9c01" in text:
         text = re.sub(r"3f2a9c01\w*", (admin.adapters.get("acme/support").champion or "")[:12], text)
     if "lm-…" in text:
