@@ -70,7 +70,7 @@ class Slab:
         self.changes = 0
         self._allocations = [_Allocation() for _ in range(slots)]
         self._extents = Extents(size)
-        self.views = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
+        self.views: tuple[SiteSlab, ...] = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
 
     @property
     def bytes(self) -> int:
@@ -131,6 +131,13 @@ class Slab:
         self.table[:, slot.index] = table
         self.changes = next(self._ticks)
         allocation.loaded = True
+
+    def close(self) -> None:
+        """Drops the views, which refer to the slab: its memory is freed once no one else uses it.
+
+        Only the thread that runs kernels may call it. A load that is under way ends as usual.
+        """
+        self.views = ()
 
     def prepare(self, size: int) -> None:
         """Populates the pages of the next `size` bytes of the arena, up to its end; any thread may call it."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from loramill.serve.engine.sampling.sampler import Sampler, sample
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler, StepPlan
 from loramill.serve.engine.scheduling.sequence import RunningSequence
 from loramill.serve.engine.stats import Statistics
+from loramill.serve.engine.step_batch import StepBatch
 from loramill.serve.engine.types import (
     AdapterSource,
     EngineConfig,
@@ -48,25 +48,6 @@ log = logging.getLogger(__name__)
 
 #: An answer's next token (None: it has no valid one) and its log probabilities, if they were requested.
 _SampledToken = tuple[int | None, tuple[TokenLogprobs, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _StepBatch:
-    """What one step runs.
-
-    Attributes:
-        plan: The scheduler's decision.
-        chunks: Those of the plan, sorted by adapter slot.
-        states: The answer of each chunk.
-        logits_to_keep: How many of each chunk's last tokens need logits.
-        sampled: The answers that get a token, in the order of their chunks.
-    """
-
-    plan: StepPlan
-    chunks: list[ScheduledChunk]
-    states: list[RequestState]
-    logits_to_keep: list[int]
-    sampled: list[RequestState]
 
 
 class Engine:
@@ -254,7 +235,7 @@ class Engine:
             self._end(waiting, FinishReason.ERROR, error)
         self._adapters.advance()
 
-    def _schedule(self) -> _StepBatch:
+    def _schedule(self) -> StepBatch:
         """Decides what runs."""
         plan = self._scheduler.schedule(self._residency.ready)
         for id_ in plan.admitted:
@@ -265,19 +246,42 @@ class Engine:
             self._residency.end_use(self._requests[id_].version)
         # Sorted by adapter, so that each adapter's rows are adjacent.
         pairs = sorted(((self._requests[chunk.id], chunk) for chunk in plan.chunks), key=self._slot_index)
-        return _StepBatch(
-            plan,
-            [chunk for _, chunk in pairs],
-            [state for state, _ in pairs],
-            [state.logits_to_keep(chunk) for state, chunk in pairs],
-            [state for state, chunk in pairs if chunk.sampled],
-        )
+        return StepBatch.of(plan, pairs)
 
     def _slot_index(self, pair: tuple[RequestState, ScheduledChunk]) -> int:
         slot = self._adapters.slot(pair[0].version)
         return -1 if slot is None else slot.index
 
-    def _run(self, batch: _StepBatch) -> torch.Tensor:
+    def _compute(self, batch: StepBatch) -> StepPlan:
+        """Runs the batch, or what memory suffices for, and puts out its tokens; returns the plan of what ran."""
+        first = True
+        while batch.chunks:
+            failure = self._attempt(batch)
+            if failure is None:
+                break
+            if failure.kind is FailureKind.DEVICE_LOST:
+                self._give_up(failure)
+                break
+            if failure.kind is FailureKind.STEP:
+                fault = EngineFault(f"The model failed in a step with {len(batch.states)} answers: {failure.message}.")
+                self._end([state.id for state in batch.states], FinishReason.ERROR, fault)
+                break
+            batch, first = self._reduced(batch, first), False
+        return batch.plan
+
+    def _attempt(self, batch: StepBatch) -> ModelFailure | None:
+        """Runs the batch and puts out its tokens, unless the model or the sampling fails."""
+        try:
+            logits = self._run(batch)
+            tokens = self._sample(batch, logits)
+        except Exception as error:
+            log.exception("the model failed", extra={"requests": [state.request.id for state in batch.states]})
+            self._ahead = None  # its positions follow tokens that were not put out
+            return ModelFailure.of(error, self._device)
+        self._emit(batch, tokens)
+        return None
+
+    def _run(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns float32 logits [sum of `logits_to_keep`, vocabulary]."""
         steps = list(zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True))
         ahead, self._ahead = self._ahead, None
@@ -297,7 +301,7 @@ class Engine:
             runs.append((self._adapters.slot(state.version), chunk.count))
         return self._model.forward(chunks, self._cache, self._adapters.slab, Batch.of(runs))
 
-    def _run_ahead(self, batch: _StepBatch, tokens: torch.Tensor) -> None:
+    def _run_ahead(self, batch: StepBatch, tokens: torch.Tensor) -> None:
         """Launches the next decode of the answers that get these tokens, int64 [rows], which are still on the device.
 
         Only if all answers decode next and none waits, since a prompt that starts costs a pass of its own then. Only if
@@ -322,7 +326,7 @@ class Engine:
         )
         self._ahead = AheadPass(decodes, logits)
 
-    def _sample(self, batch: _StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
+    def _sample(self, batch: StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
         """Samples a token for each of `batch.sampled`, and keeps the log probabilities of echoed prompts."""
         ends = list(itertools.accumulate(batch.logits_to_keep))
         last = logits
@@ -334,7 +338,7 @@ class Engine:
             state.add_prompt_logprobs(chunk, logits, end)
         return list(zip(tokens, logprobs, strict=True))
 
-    def _sample_tokens(self, batch: _StepBatch, logits: torch.Tensor) -> list[int | None]:
+    def _sample_tokens(self, batch: StepBatch, logits: torch.Tensor) -> list[int | None]:
         samplers = [state.sampler for state in batch.sampled]
         if not self._model.asynchronous:
             return sample(logits, samplers)
@@ -346,41 +350,12 @@ class Engine:
         # Here the host waits for the device, once per step.
         return pending.read()
 
-    def _emit(self, batch: _StepBatch, tokens: Sequence[_SampledToken]) -> None:
+    def _emit(self, batch: StepBatch, tokens: Sequence[_SampledToken]) -> None:
         """Records the step and puts out the sampled tokens."""
         self._scheduler.commit(batch.plan)
         self._outputs += map(self._next_output, batch.sampled, tokens)
 
-    def _compute(self, batch: _StepBatch) -> StepPlan:
-        """Runs the batch, or what memory suffices for, and puts out its tokens; returns the plan of what ran."""
-        first = True
-        while batch.chunks:
-            failure = self._attempt(batch)
-            if failure is None:
-                break
-            if failure.kind is FailureKind.DEVICE_LOST:
-                self._give_up(failure)
-                break
-            if failure.kind is FailureKind.STEP:
-                fault = EngineFault(f"The model failed in a step with {len(batch.states)} answers: {failure.message}.")
-                self._end([state.id for state in batch.states], FinishReason.ERROR, fault)
-                break
-            batch, first = self._reduced(batch, first), False
-        return batch.plan
-
-    def _attempt(self, batch: _StepBatch) -> ModelFailure | None:
-        """Runs the batch and puts out its tokens, unless the model or the sampling fails."""
-        try:
-            logits = self._run(batch)
-            tokens = self._sample(batch, logits)
-        except Exception as error:
-            log.exception("the model failed", extra={"requests": [state.request.id for state in batch.states]})
-            self._ahead = None  # its positions follow tokens that were not put out
-            return ModelFailure.of(error, self._device)
-        self._emit(batch, tokens)
-        return None
-
-    def _reduced(self, batch: _StepBatch, first: bool) -> _StepBatch:
+    def _reduced(self, batch: StepBatch, first: bool) -> StepBatch:
         """The part of a batch to retry after memory ran out; ends an answer if it must."""
         free_cached_memory(self._device)
         recovery = recover_from_out_of_memory(
@@ -393,7 +368,7 @@ class Engine:
                 "answers. Try again later; if it persists, lower serve.kv_tokens or serve.max_batch_tokens."
             )
             self._end([state.id], FinishReason.ERROR, error)
-        return _part(batch, recovery.retried)
+        return batch.part(recovery.retried)
 
     def _give_up(self, failure: ModelFailure) -> None:
         """Ends all answers and closes the engine: its device does not compute any more."""
@@ -442,9 +417,9 @@ class Engine:
         # Does not wait for fetches: their results are of no use, and a slow one would hold up all requests.
         self._adapters.close(wait=False)
         self._statistics.carry_over(self._scheduler, self._adapters)
-        # A GPU may have no room for two caches and two slabs. A slab is part of a cycle: its views refer to it.
+        # A GPU may have no room for two caches and two slabs.
+        self._adapters.slab.close()
         del self._cache, self._scheduler, self._residency, self._adapters
-        gc.collect()
         try:
             self._init_state()
         except Exception:
@@ -458,18 +433,6 @@ class Engine:
 
 def _is_decode(chunk: ScheduledChunk) -> bool:
     return chunk.count == 1 and chunk.sampled
-
-
-def _part(batch: _StepBatch, indices: Sequence[int]) -> _StepBatch:
-    """The batch of some of a batch's chunks; the scheduler schedules the others again."""
-    chunks, states = [batch.chunks[index] for index in indices], [batch.states[index] for index in indices]
-    return _StepBatch(
-        replace(batch.plan, chunks=tuple(chunks)),
-        chunks,
-        states,
-        [batch.logits_to_keep[index] for index in indices],
-        [state for state, chunk in zip(states, chunks, strict=True) if chunk.sampled],
-    )
 
 
 def _logprobs(
