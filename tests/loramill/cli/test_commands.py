@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 from loramill import errors
-from loramill.cli import app
 from loramill.cli.format import time_ago
 from loramill.names import AdapterName
 from loramill.registry import adapters, nightly
@@ -24,6 +22,7 @@ from loramill.settings import Settings
 from loramill.types import StepStatus
 
 from ..conftest import RunningGateway, examples
+from .running import clear_settings, loramill, ok
 
 COMMAND = [sys.executable, "-m", "loramill.cli"]
 
@@ -31,9 +30,7 @@ COMMAND = [sys.executable, "-m", "loramill.cli"]
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An environment without settings, whose gateway address refuses connections."""
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
+    clear_settings(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LORAMILL_URL", "http://127.0.0.1:9")
@@ -45,16 +42,6 @@ def running_gateway(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
     monkeypatch.setenv("LORAMILL_URL", gateway.url)
     return gateway
-
-
-def loramill(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, input=stdin, catch_exceptions=False)
-
-
-def ok(*arguments: str, stdin: str | None = None) -> Result:
-    ran = loramill(*arguments, stdin=stdin)
-    assert ran.exit_code == 0, ran.output
-    return ran
 
 
 def json_output(*arguments: str) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from loramill.cli import app
 from loramill.client import Client
@@ -16,17 +15,14 @@ from loramill.errors import InvalidRequest
 from loramill.registry import jobs
 
 from ..conftest import RunningGateway, examples
+from .running import loramill, ok, use_gateway
 
 
 @pytest.fixture(autouse=True)
 def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The gateway that commands call, with the admin's key."""
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
+    use_gateway(monkeypatch, gateway)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
-    monkeypatch.setenv("LORAMILL_URL", gateway.url)
 
 
 @pytest.fixture
@@ -34,16 +30,6 @@ def versions(gateway: RunningGateway, tenant: str) -> list[str]:
     """Two versions of the tenant's adapter `a`; the first is its champion, the second its challenger."""
     with gateway.client() as client:
         return [gateway.publish(client.jobs.submit(f"{tenant}/a", examples(word=word)).id) for word in ("one", "two")]
-
-
-def loramill(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def ok(*arguments: str) -> Result:
-    ran = loramill(*arguments)
-    assert ran.exit_code == 0, ran.output
-    return ran
 
 
 def completed(line: str) -> list[str]:

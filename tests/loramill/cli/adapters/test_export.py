@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -12,23 +11,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from typer.testing import CliRunner, Result
 
-from loramill.cli import app
 from loramill.registry import jobs
 from loramill.types import VersionRecord
 
 from ....llama import tiny_llama
 from ...conftest import RunningGateway, examples
+from ..running import loramill, use_gateway
 
 
 @pytest.fixture(autouse=True)
 def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
-    monkeypatch.setenv("LORAMILL_URL", gateway.url)
+    use_gateway(monkeypatch, gateway)
 
 
 def model() -> LlamaForCausalLM:
@@ -50,10 +44,6 @@ def published(gateway: RunningGateway, adapter: str, folder: Path, full_model: P
         record = VersionRecord(id=version, adapter=adapter, job=job, base=base, bytes=1, created_at=time.time())
         jobs.publish(session, job, attempt, record, result=results[0] if results else None)
     return version
-
-
-def loramill(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
 def test_exports_are_loaded_by_peft_and_transformers(gateway: RunningGateway, tenant: str, tmp_path: Path) -> None:

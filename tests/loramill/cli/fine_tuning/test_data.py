@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from loramill import Client
-from loramill.cli import app
 from loramill.errors import Conflict, InvalidRequest
 from loramill.registry import nightly
 
 from ...conftest import RunningGateway, examples
+from ..running import json_output, loramill, ok, use_gateway
 
 PAGE = (Path(__file__).parents[4] / "docs" / "howto" / "submit-many.md").read_text(encoding="utf-8")
 
@@ -25,28 +23,10 @@ PAGE = (Path(__file__).parents[4] / "docs" / "howto" / "submit-many.md").read_te
 @pytest.fixture(autouse=True)
 def running_gateway(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunningGateway:
     """The gateway that commands call, with the admin's key, in an empty working directory."""
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
+    use_gateway(monkeypatch, gateway)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
-    monkeypatch.setenv("LORAMILL_URL", gateway.url)
     monkeypatch.setenv("COLUMNS", "200")
     return gateway
-
-
-def loramill(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def ok(*arguments: str) -> Result:
-    ran = loramill(*arguments)
-    assert ran.exit_code == 0, ran.output
-    return ran
-
-
-def json_output(*arguments: str) -> Any:
-    return json.loads(ok(*arguments, "--json").stdout)
 
 
 def table(path: str, header: str, separator: str = ",", count: int = 12) -> str:

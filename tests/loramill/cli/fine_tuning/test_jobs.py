@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 from loramill import Client
-from loramill.cli import app
 from loramill.cli.fine_tuning.job_options import PANELS
 from loramill.cli.fine_tuning.job_table import jobs_table
 from loramill.cli.fine_tuning.watch import JobPoller, _follow
@@ -31,32 +28,15 @@ from loramill.submission.options import JobOptions
 from loramill.types import JobStatus
 
 from ...conftest import RunningGateway, examples
+from ..running import json_output, loramill, ok, use_gateway
 
 
 @pytest.fixture(autouse=True)
 def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The gateway that commands call, with the admin's key, and files to submit."""
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
+    use_gateway(monkeypatch, gateway)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
-    monkeypatch.setenv("LORAMILL_URL", gateway.url)
     Path("train.jsonl").write_bytes(examples())
-
-
-def loramill(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
-def ok(*arguments: str) -> Result:
-    ran = loramill(*arguments)
-    assert ran.exit_code == 0, ran.output
-    return ran
-
-
-def json_output(*arguments: str) -> Any:
-    return json.loads(ok(*arguments, "--json").stdout)
 
 
 def submitted(tenant: str, *arguments: str) -> str:

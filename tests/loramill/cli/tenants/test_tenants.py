@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from loramill import errors
-from loramill.cli import app, confirm
+from loramill.cli import confirm
 
 from ...conftest import RunningGateway, examples
+from ..running import json_output, loramill, use_gateway
 
 
 @pytest.fixture(autouse=True)
 def environment(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("LORAMILL_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LORAMILL_HOME", str(gateway.home))
-    monkeypatch.setenv("LORAMILL_URL", gateway.url)
-
-
-def loramill(*arguments: str, typed: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, input=typed, catch_exceptions=False)
-
-
-def json_output(*arguments: str) -> Any:
-    ran = loramill(*arguments, "--json")
-    assert ran.exit_code == 0, ran.stderr
-    return json.loads(ran.stdout)
+    use_gateway(monkeypatch, gateway)
 
 
 def trained(gateway: RunningGateway, adapter: str, *contents: str) -> list[str]:
@@ -88,10 +72,10 @@ def test_a_deletion_is_confirmed_by_typing(
         (("tenant", "delete", tenant), "yes\n"),
         (("tenant", "delete", tenant), "\n"),
     ):
-        ran = loramill(*arguments, typed=typed)
+        ran = loramill(*arguments, stdin=typed)
         assert ran.exit_code == 1 and "can't be undone" in ran.stderr and "Nothing was deleted" in ran.stderr
-    assert loramill("adapters", "delete", f"{tenant}/a", typed="yes\n").exit_code == 0
-    ran = loramill("tenant", "delete", tenant, typed=f"{tenant}\n")
+    assert loramill("adapters", "delete", f"{tenant}/a", stdin="yes\n").exit_code == 0
+    ran = loramill("tenant", "delete", tenant, stdin=f"{tenant}\n")
     assert ran.exit_code == 0 and f"Tenant {tenant} is deleted" in ran.stderr
     assert loramill("tenant", "limits", tenant).exit_code == 1
 

@@ -27,6 +27,17 @@ KNOBS = [
     {"min_p": 1.0},
     {"temperature": 3.0, "top_k": 4, "top_p": 0.95, "min_p": 0.5},
 ]
+#: Parameters of rows that are sampled together.
+MIXED = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 40, "min_p": 0.01},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "top_p": 0.5},
+    {"logit_bias": ((3, 9.0),), "temperature": 2.0},
+    {"min_tokens": 3, "stop_ids": (1, 5), "temperature": 1.0},
+]
 
 
 def naive(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:

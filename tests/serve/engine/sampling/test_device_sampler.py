@@ -14,7 +14,7 @@ from loramill.serve.engine.sampling import device_sampler
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler, best_tokens, tokens_at
 from loramill.serve.engine.sampling.sampler import Sampler, sample
 
-from .distributions import KNOBS, LOGITS, assert_drawn_from, naive, oracle
+from .distributions import KNOBS, LOGITS, MIXED, assert_drawn_from, naive, oracle
 
 CPU = torch.device("cpu")
 
@@ -170,18 +170,6 @@ def test_equal_tokens_are_kept_by_their_ids():
     assert set(drawn(flat, 200, temperature=1.0, top_k=3)) == {0, 1, 2}
     assert set(drawn(flat, 200, temperature=1.0, top_p=0.5)) == {0, 1, 2, 3}
     assert set(drawn(flat, 200, temperature=1.0, top_k=4, top_p=0.5)) == {0, 1}
-
-
-MIXED = [
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_p": 0.9},
-    {"temperature": 1.3, "top_k": 40, "min_p": 0.01},
-    {"repetition_penalty": 1.3},
-    {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "top_p": 0.5},
-    {"logit_bias": ((3, 9.0),), "temperature": 2.0},
-    {"min_tokens": 3, "stop_ids": (1, 5), "temperature": 1.0},
-]
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])

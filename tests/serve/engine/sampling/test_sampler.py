@@ -14,7 +14,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from loramill.serve.engine import SamplingParams
 from loramill.serve.engine.sampling.sampler import Sampler, _mix, sample
 
-from .distributions import KNOBS, LOGITS, assert_drawn_from, naive, oracle
+from .distributions import KNOBS, LOGITS, MIXED, assert_drawn_from, naive, oracle
 
 
 def tokens(logits, count, prompt=(), index=0, **knobs) -> list[int]:
@@ -113,18 +113,6 @@ def test_numbers_are_independent_from_token_to_token_and_from_seed_to_seed():
     assert_drawn_from(even, [a * 16 + b for a, b in pairwise(answer)])
     firsts = [tokens(flat, 1, temperature=1.0, seed=seed)[0] for seed in range(8000)]
     assert_drawn_from(even, [a * 16 + b for a, b in pairwise(firsts)])
-
-
-MIXED = [
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_p": 0.9},
-    {"temperature": 1.3, "top_k": 40, "min_p": 0.01},
-    {"repetition_penalty": 1.3},
-    {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5, "top_p": 0.5},
-    {"logit_bias": ((3, 9.0),), "temperature": 2.0},
-    {"min_tokens": 3, "stop_ids": (1, 5), "temperature": 1.0},
-]
 
 
 @pytest.mark.parametrize("vocabulary", [2, 101, 1000])
