@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import mmap
 import sys
 import threading
@@ -14,11 +16,15 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 #: Every allocation starts at a cache line.
 ALIGNMENT = 64
 #: Bytes of a huge page, on systems that have them.
 HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23
+#: The smallest block of page-locked memory.
+_MIN_LOCKED = 1 << 20
 
 
 def aligned(size: int) -> int:
@@ -53,6 +59,38 @@ def populate(memory: torch.Tensor) -> None:
     size = memory.data_ptr() + memory.numel() - start
     if sys.platform == "linux" and size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+
+
+def page_locked(size: int) -> torch.Tensor | None:
+    """Bytes [size] of any content that a GPU reads and writes by itself; None, with a warning, if it can't have them.
+
+    The driver may stop the device meanwhile, so they are allocated before the first step.
+    """
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        _warn_of_pageable_memory(str(error))
+        return None
+
+
+@functools.cache
+def _warn_of_pageable_memory(reason: str) -> None:
+    log.warning("no page-locked memory, adapters are copied to the GPU by the CPU: %s", reason)
+
+
+def page_locked_blocks(size: int) -> list[torch.Tensor]:
+    """Host memory of `size` bytes in a few blocks, page-locked as far as that is possible.
+
+    torch rounds page-locked memory up to a power of two, so there is a block for each binary digit of the size, the
+    largest first; what remains below 1 MiB is left out.
+    """
+    blocks: list[torch.Tensor] = []
+    left = size // _MIN_LOCKED * _MIN_LOCKED
+    while left:
+        block = page_locked(1 << (left.bit_length() - 1))
+        blocks.append(host_memory(left) if block is None else block)
+        left -= blocks[-1].numel()
+    return blocks
 
 
 def copy_to_device(numbers: NDArray[Any], to: torch.Tensor) -> None:

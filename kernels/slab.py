@@ -25,25 +25,34 @@ from loramill.kernels.adapter import (
     scales_offset,
 )
 from loramill.kernels.batch import Batch, Slot
+from loramill.kernels.copy_stream import CopyStream, Mark, new_copy_stream
 from loramill.kernels.memory import Allocator, Extents, host_memory, populate
 
 
 @dataclass(slots=True)
 class _Allocation:
-    """One slot's part of the arena; `loaded` once all of its weights are copied."""
+    """One slot's part of the arena.
+
+    Attributes:
+        taken: Whether it was allocated.
+        loaded: Whether all of its weights are copied.
+        unread: The point of the device's computation after which nothing reads what these bytes held before.
+    """
 
     generation: int = 0
     offset: int = 0
     size: int = 0
     taken: bool = False
     loaded: bool = False
+    unread: Mark = None
 
 
 class Slab:
     """Adapters of any ranks and targets in one arena of bytes, each in a numbered slot.
 
     One thread allocates, frees and runs kernels. Any thread may pack, and may load a slot that was allocated for it:
-    nothing reads the slot before `load` returns.
+    nothing reads the slot before `load` returns. A slot may be freed while kernels that read it are in flight on a GPU:
+    the next load into its bytes waits for them, and nothing else does.
 
     Attributes:
         sites: Where adapters apply.
@@ -58,8 +67,24 @@ class Slab:
     """
 
     def __init__(
-        self, sites: Sequence[Site], *, slots: int, size: int, dtype: torch.dtype, layout: Layout, device: str = "cpu"
+        self,
+        sites: Sequence[Site],
+        *,
+        slots: int,
+        size: int,
+        dtype: torch.dtype,
+        layout: Layout,
+        device: str = "cpu",
+        copies: CopyStream | None = None,
     ) -> None:
+        """
+        Args:
+            sites, dtype, layout: See the attributes.
+            slots: Number of slots.
+            size: Bytes of the arena.
+            device: Of the arena.
+            copies: Copies to the device; None: those of `new_copy_stream`.
+        """
         self.sites = tuple(sites)
         self.dtype = dtype
         self.layout = layout
@@ -70,6 +95,10 @@ class Slab:
         self.changes = 0
         self._allocations = [_Allocation() for _ in range(slots)]
         self._extents = Extents(size)
+        self._copies = new_copy_stream(self.arena.device) if copies is None else copies
+        # The kernel that fills the arena with zeros may be in flight. One thread launches kernels, in one order: the
+        # last mark covers all before it.
+        self._unread = self._copies.mark()
         self.views: tuple[SiteSlab, ...] = tuple(SiteSlab(self, index) for index in range(len(self.sites)))
 
     @property
@@ -107,11 +136,11 @@ class Slab:
         if index is None or offset is None:
             return None
         allocation = self._allocations[index]
-        allocation.offset, allocation.size, allocation.taken, allocation.loaded = offset, size, True, False
+        self._allocations[index] = _Allocation(allocation.generation, offset, size, taken=True, unread=self._unread)
         return Slot(index, allocation.generation)
 
     def load(self, slot: Slot, adapter: PackedAdapter) -> None:
-        """Copies an adapter into a slot that was allocated for its bytes.
+        """Copies an adapter into a slot that was allocated for its bytes; returns once it is there.
 
         Raises:
             EngineFault: The handle is stale, the slot is already loaded or was allocated for another size, or the
@@ -124,7 +153,8 @@ class Slab:
             )
         if adapter.table.shape != self.table[:, slot.index].shape:
             raise EngineFault(f"An adapter of {len(adapter.table)} sites doesn't fit a slab of {len(self.sites)}.")
-        self.arena[allocation.offset : allocation.offset + allocation.size].copy_(adapter.data)
+        target = self.arena[allocation.offset : allocation.offset + allocation.size]
+        self._copies.copy(adapter.data, target, allocation.unread)
         table = adapter.table.copy()
         table[..., [A, B]] += allocation.offset
         table[..., GAIN] += np.where(table[..., GAIN] < 0, 0, allocation.offset)
@@ -146,12 +176,13 @@ class Slab:
             populate(self.arena[end : end + size])
 
     def free(self, slot: Slot) -> None:
-        """Empties a slot and makes every handle to it stale.
+        """Empties a slot and makes every handle to it stale; kernels that were launched before may still read it.
 
         Raises:
             EngineFault: The handle is already stale.
         """
         allocation = self._allocation(slot)
+        self._unread = self._copies.mark()
         self._extents.release(allocation.offset, allocation.size)
         self.table[:, slot.index] = 0
         self._allocations[slot.index] = _Allocation(generation=allocation.generation + 1)

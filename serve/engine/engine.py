@@ -95,6 +95,7 @@ class Engine:
         """Runs the model's first steps, which are slow, before the first request; to be called before `step`."""
         with self._step_lock:
             warm_up(self._model, self._cache, self._adapters.slab, self._config)
+            self._adapters.wait_until_prepared()
 
     def submit(self, request: Request) -> None:
         """Accepts a request; its outputs come from `step`.

@@ -91,7 +91,11 @@ class AdapterLoader:
         )
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_lower_priority)
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="adapter-releaser", initializer=_lower_priority)
-        self._releaser.submit(self._slab.prepare, _PREPARED_BYTES)
+        self._prepared = self._releaser.submit(self._prepare)
+
+    def wait_until_prepared(self) -> None:
+        """Waits until the memory that page-locking and first writes would take time for is ready."""
+        self._prepared.result()
 
     def fetch(self, version: str) -> None:
         """Takes a version from the host cache, or starts to read it."""
@@ -151,6 +155,10 @@ class AdapterLoader:
         if result is not None:
             self._results.put(LoadResult(version, result))
             self._notify()
+
+    def _prepare(self) -> None:
+        self._cache.prepare()
+        self._slab.prepare(_PREPARED_BYTES)
 
     def _release(self, version: str, fetched: FetchedAdapter) -> None:
         if fetched.cached:

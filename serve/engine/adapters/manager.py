@@ -57,9 +57,13 @@ class AdapterManager:
         self._awaiting_memory: dict[str, FetchedAdapter] = {}
         self._patience_steps = config.slot_patience_steps
         self._waited_steps = 0
-        self._cache = HostCache(config.host_bytes)
+        self._cache = HostCache(config.host_bytes, locked=self.slab.arena.device.type == "cuda")
         base = BaseModules.of_sites(model.sites, model.target_weight)
         self._loader = AdapterLoader(self.slab, self._cache, base, source, config.load_threads, notify)
+
+    def wait_until_prepared(self) -> None:
+        """Waits until the memory for loads is ready; until then they are slower, and a GPU may stop now and then."""
+        self._loader.wait_until_prepared()
 
     @property
     def host_bytes(self) -> int:

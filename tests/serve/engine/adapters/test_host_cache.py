@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.kernels import PackedAdapter
+from loramill.serve.engine.adapters import host_cache
 from loramill.serve.engine.adapters.host_cache import HostCache
 
 
@@ -53,6 +54,41 @@ def test_an_adapter_larger_than_the_cache_is_not_kept():
     nothing = HostCache(0)
     nothing.put("a", packed(1, 1))
     assert not has(nothing, "a")
+
+
+def test_nothing_is_cached_before_the_memory_is_locked(monkeypatch):
+    monkeypatch.setattr(
+        host_cache, "page_locked_blocks", lambda size: [torch.zeros(size, dtype=torch.uint8)] if size else []
+    )
+    cache = HostCache(64, locked=True)
+    cache.put("a", packed(64, 1))
+    assert not has(cache, "a")
+    cache.prepare()
+    cache.put("a", packed(64, 1))
+    assert has(cache, "a")
+    plain = HostCache(64)
+    plain.put("a", packed(64, 1))
+    plain.prepare()
+    assert has(plain, "a") and plain.bytes == 64
+
+
+def test_an_adapter_is_in_one_block_and_takes_the_place_of_the_oldest_in_any(monkeypatch):
+    sizes = [4 * 64, 2 * 64]
+    monkeypatch.setattr(
+        host_cache, "page_locked_blocks", lambda size: [torch.zeros(each, dtype=torch.uint8) for each in sizes]
+    )
+    cache = HostCache(sum(sizes), locked=True)
+    cache.prepare()
+    cache.put("too large", packed(5 * 64, 1))
+    for version, size in (("a", 3), ("b", 2), ("c", 1)):
+        cache.put(version, packed(size * 64, ord(version)))
+    assert [has(cache, version) for version in ("too large", "a", "b", "c")] == [False, True, True, True]
+    assert cache.bytes == sum(sizes)
+    cache.put("d", packed(2 * 64, 4))
+    assert [has(cache, version) for version in "abcd"] == [False, True, True, True]
+    for version in "bcd":
+        found = cache.acquire(version)
+        assert found.data.eq(4 if version == "d" else ord(version)).all()
 
 
 @settings(deadline=None)
