@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -90,6 +91,33 @@ class LayerKV:
     head_dim: int
 
 
+#: The function that an MLP applies to its gate: SiLU, or GELU by its approximation with tanh.
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """The norms of query and key heads, before these are rotated; see `Backend.rms_norm`.
+
+    Attributes:
+        q: [head_dim], for each query head.
+        k: [head_dim], for each key head.
+        eps: Epsilon of both.
+        offset: Added to both weights.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+    def apply(self, rms_norm: Callable[..., torch.Tensor], qkv: torch.Tensor, heads: int, kv: LayerKV) -> None:
+        """Normalizes the heads of qkv in place, by a backend's `rms_norm`."""
+        split = qkv.view(len(qkv), -1, kv.head_dim)
+        for part, weight in ((split[:, :heads], self.q), (split[:, heads : heads + kv.kv_heads], self.k)):
+            part.copy_(rms_norm(part, weight, self.eps, self.offset))
+
+
 class Backend(Protocol):
     """Operations on rows of bfloat16 or float32, with sums in float32. Each is described by its equivalent in torch.
 
@@ -122,14 +150,33 @@ class Backend(Protocol):
     def adapted_linear(self, x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
         """`linear`, then `lora` on its result."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis of x [..., d], whose rows may be strided."""
+    def adapt_embedding(
+        self, tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float = 1.0
+    ) -> None:
+        """Applies each run's adapter of an embedding; see `loramill.kernels.embedding.adapt_embedding`."""
 
-    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Adds x to the residual in place, both [rows, d]; returns `rms_norm(residual, weight, eps)`."""
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+        """`x / sqrt(mean(x ** 2) + eps) * (weight + offset)` over the last axis of x [..., d].
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`silu(gate) * up` for [gate, up] side by side in [rows, 2 d]; returns [rows, d]."""
+        Rows of x may be strided. The offset is 1 in the Gemma family.
+        """
+
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+        inner: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Adds x to the residual in place, both [rows, d]; returns `rms_norm(residual, weight, eps, offset)`.
+
+        With the weight [d] of an inner norm, `rms_norm(x, inner, eps, offset)` is added instead, as in Gemma 2.
+        """
+
+    def gated_activation(self, gate_up: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
+        """`activation(gate) * up` for [gate, up] side by side in [rows, 2 d]; returns [rows, d]."""
 
     def new_kv(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -137,17 +184,25 @@ class Backend(Protocol):
         """Paged keys and values for all layers; memory is used only as blocks are written."""
 
     def rope_write(
-        self, qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: LayerKV,
+        pages: Pages,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotates queries and keys by their rows' angles, the queries in place; writes keys and values to the pages.
 
         Args:
-            qkv: [rows, (heads + 2 kv_heads) * head_dim].
+            qkv: [rows, (heads + 2 kv_heads) * head_dim]; afterwards, only its queries and values are defined.
             heads: Number of query heads.
             cos: float32 [rows, head_dim / 2]; pairs consist of an element of each half of a head.
             sin: Like cos.
             kv: The layer's keys and values.
             pages: The paging of the step.
+            norms: Of the heads, before they are rotated; None: none.
         """
 
     def attention(

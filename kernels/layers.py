@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from loramill.kernels.backend import Activation, HeadNorms
 from loramill.kernels.batch import Batch
 from loramill.kernels.slab import Slab
 
@@ -61,12 +62,16 @@ class Stack:
         norm: The final norm.
         heads: Number of query heads.
         eps: Epsilon of all norms.
+        norm_offset: Added to the weights of all norms.
+        activation: Of the gates of all layers.
     """
 
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     heads: int
     eps: float
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class Step:
 
 @runtime_checkable
 class RunsLayers(Protocol):
-    """A backend that runs all layers at once, with the same bits."""
+    """A backend that runs all layers at once, with the same bits, if norms have no offset and gates have SiLU."""
 
     def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
         """Like `loramill.kernels.layers.run_layers`."""
@@ -109,30 +114,29 @@ def run_layers(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[Laye
     Returns:
         [rows, d], the normalized residual.
     """
-    if isinstance(ops, RunsLayers):
+    if isinstance(ops, RunsLayers) and not stack.norm_offset and stack.activation == "silu":
         return ops.run_layers(stack, x, cache, step)
     return run_one_by_one(ops, stack, x, cache, step)
 
 
 def run_one_by_one(ops: Backend, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
     """`run_layers` as a sequence of the backend's other operations."""
-    h = ops.rms_norm(x, stack.layers[0].input_norm, stack.eps)
+    norm = stack.eps, stack.norm_offset
+    h = ops.rms_norm(x, stack.layers[0].input_norm, *norm)
     next_norms = [*(layer.input_norm for layer in stack.layers[1:]), stack.norm]
     for layer, kv, next_norm in zip(stack.layers, cache, next_norms, strict=True):
-        h = ops.add_rms_norm(x, _attention(ops, stack, layer, h, kv, step), layer.post_norm, stack.eps)
-        h = _linear(ops, layer.down, ops.silu_mul(_linear(ops, layer.gate_up, h, step)), step)
-        h = ops.add_rms_norm(x, h, next_norm, stack.eps)
+        h = ops.add_rms_norm(x, _attention(ops, stack, layer, h, kv, step), layer.post_norm, *norm)
+        inner = ops.gated_activation(_linear(ops, layer.gate_up, h, step), stack.activation)
+        h = ops.add_rms_norm(x, _linear(ops, layer.down, inner, step), next_norm, *norm)
     return h
 
 
 def _attention(ops: Backend, stack: Stack, layer: Layer, h: torch.Tensor, kv: LayerKV, step: Step) -> torch.Tensor:
     qkv = _linear(ops, layer.qkv, h, step)
+    norms = None
     if layer.q_norm is not None and layer.k_norm is not None:
-        heads = qkv.view(len(qkv), -1, kv.head_dim)
-        q, k = heads[:, : stack.heads], heads[:, stack.heads : stack.heads + kv.kv_heads]
-        q.copy_(ops.rms_norm(q, layer.q_norm, stack.eps))
-        k.copy_(ops.rms_norm(k, layer.k_norm, stack.eps))
-    ops.rope_write(qkv, stack.heads, step.cos, step.sin, kv, step.pages)
+        norms = HeadNorms(layer.q_norm, layer.k_norm, stack.eps, stack.norm_offset)
+    ops.rope_write(qkv, stack.heads, step.cos, step.sin, kv, step.pages, norms)
     return _linear(ops, layer.o, ops.attention(qkv, stack.heads, kv, step.pages, kv.head_dim**-0.5, layer.window), step)
 
 

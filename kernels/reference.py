@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from loramill.kernels import embedding
 from loramill.kernels.adapter import ROWS, Layout
-from loramill.kernels.backend import LayerKV, Quantized, Weight
+from loramill.kernels.backend import Activation, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import Pages
 from loramill.kernels.slab import SiteSlab
 
 name: str = "reference"
 layout: Layout = ROWS
+adapt_embedding = embedding.adapt_embedding
 
 
 def set_threads(threads: int) -> None:
@@ -60,22 +64,35 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
     return y
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """Root mean square normalization times the weight [d] (Zhang and Sennrich 2019, equation 4)."""
     wide = x.float()
-    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()).to(x.dtype)
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.float() + offset)).to(x.dtype)
 
 
-def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual in place and normalizes the sum."""
+def add_rms_norm(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    inner: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Adds x, or its inner norm, to the residual in place and normalizes the sum."""
+    if inner is not None:
+        x = rms_norm(x, inner, eps, offset)
     residual.copy_(residual.float() + x.float())
-    return rms_norm(residual, weight, eps)
+    return rms_norm(residual, weight, eps, offset)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`, [rows, d] (Shazeer 2020, equation 6: SwiGLU)."""
+def gated_activation(gate_up: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
+    """`activation(gate) * up`, [rows, d] (Shazeer 2020, equations 5 and 6: GEGLU and SwiGLU)."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / (1 + (-gate).exp()) * up).to(gate_up.dtype)
+    if activation == "silu":
+        return (gate / (1 + (-gate).exp()) * up).to(gate_up.dtype)
+    # Hendrycks and Gimpel 2016, section 2.
+    turned = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (gate * (1 + turned.tanh()) / 2 * up).to(gate_up.dtype)
 
 
 def new_kv(
@@ -87,9 +104,19 @@ def new_kv(
     return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
 
 
-def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages) -> None:
+def rope_write(
+    qkv: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv: LayerKV,
+    pages: Pages,
+    norms: HeadNorms | None = None,
+) -> None:
     """Rotates queries and keys (Su et al. 2021, equation 34, pairing the halves of a head); writes keys and values."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
+    if norms is not None:
+        norms.apply(rms_norm, qkv, heads, kv)
     split = qkv.view(len(qkv), heads + 2 * kv.kv_heads, kv.head_dim)
     turned = heads + kv.kv_heads
     first, second = split[:, :turned].float().chunk(2, dim=-1)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from loramill.kernels import varlen
+from loramill.kernels import embedding, varlen
 from loramill.kernels.adapter import ROWS, Layout
-from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
+from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.memory import to_device
 from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, Pages
@@ -22,6 +22,7 @@ GATHERED = 256 << 20
 
 name: str = "torch"
 layout: Layout = ROWS
+adapt_embedding = embedding.adapt_embedding
 
 
 def set_threads(threads: int) -> None:
@@ -89,20 +90,31 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
     return y
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """Normalizes the last axis of x [..., d]."""
+    if offset:
+        return F.rms_norm(x.float(), weight.shape, weight.float() + offset, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual in place and normalizes the sum."""
-    return rms_norm(residual.add_(x), weight, eps)
+def add_rms_norm(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    inner: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Adds x, or its inner norm, to the residual in place and normalizes the sum."""
+    if inner is not None:
+        x = rms_norm(x, inner, eps, offset)
+    return rms_norm(residual.add_(x), weight, eps, offset)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` for gate_up [rows, 2 d]."""
+def gated_activation(gate_up: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
+    """`activation(gate) * up` for gate_up [rows, 2 d]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")).mul_(up)
 
 
 def new_kv(
@@ -115,9 +127,19 @@ def new_kv(
     return tuple(LayerKV(k, v, block_size, kv_heads, head_dim) for k, v in zip(keys, values, strict=True))
 
 
-def rope_write(qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages) -> None:
+def rope_write(
+    qkv: torch.Tensor,
+    heads: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv: LayerKV,
+    pages: Pages,
+    norms: HeadNorms | None = None,
+) -> None:
     """Rotates queries in place; rotates keys and writes them, and the values, to their pages."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
+    if norms is not None:
+        norms.apply(rms_norm, qkv, heads, kv)
     split = qkv.view(len(qkv), heads + 2 * kv.kv_heads, kv.head_dim)
     turned = heads + kv.kv_heads
     first, second = split[:, :turned].chunk(2, dim=-1)

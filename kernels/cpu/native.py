@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault, SetupError
-from loramill.kernels.backend import Codebook, LayerKV, Quantized, Weight
+from loramill.kernels import torch_backend
+from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.cpu import decoder_ops
 from loramill.kernels.cpu.build import library, supported_tiers
@@ -28,6 +29,7 @@ from loramill.kernels.cpu.layout import (
     rows_of_nibbles,
     scale_panels,
 )
+from loramill.kernels.embedding import adapt_embedding
 from loramill.kernels.layers import Stack, Step
 from loramill.kernels.memory import HostPool
 from loramill.kernels.paging import Pages
@@ -161,16 +163,38 @@ class Native:
         if failed:
             raise MemoryError
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def adapt_embedding(
+        self, tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float = 1.0
+    ) -> None:
+        """Applies each run's adapter of an embedding."""
+        adapt_embedding(tokens, y, slab, batch, scale)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
         """Normalizes the last axis of x [..., d]."""
+        if offset:
+            return torch_backend.rms_norm(x, weight, eps, offset)
         return decoder_ops.rms_norm(self._library(x.dtype), x, weight, eps)
 
-    def add_rms_norm(self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Adds x to the residual in place and normalizes the sum."""
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+        inner: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Adds x, or its inner norm, to the residual in place and normalizes the sum."""
+        if inner is not None:
+            x = self.rms_norm(x, inner, eps, offset)
+        if offset:
+            return torch_backend.add_rms_norm(residual, x, weight, eps, offset)
         return decoder_ops.add_rms_norm(self._library(x.dtype), residual, x, weight, eps)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`silu(gate) * up`."""
+    def gated_activation(self, gate_up: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
+        """`activation(gate) * up`."""
+        if activation != "silu":
+            return torch_backend.gated_activation(gate_up, activation)
         return decoder_ops.silu_mul(self._library(gate_up.dtype), gate_up)
 
     def new_kv(
@@ -180,9 +204,18 @@ class Native:
         return decoder_ops.new_kv(layers, blocks, block_size, kv_heads, head_dim, dtype)
 
     def rope_write(
-        self, qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKV, pages: Pages
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: LayerKV,
+        pages: Pages,
+        norms: HeadNorms | None = None,
     ) -> None:
         """Rotates queries in place; rotates keys and writes them, and the values, to their pages."""
+        if norms is not None:
+            norms.apply(self.rms_norm, qkv, heads, kv)
         decoder_ops.rope_write(self._library(qkv.dtype), qkv, heads, cos, sin, kv, pages)
 
     def attention(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from loramill.kernels import Backend, Batch, KVSpan, LayerKV, Pages, Site, Slab, Weight
-from loramill.kernels.embedding import adapt_embedding, batch_of_rows
+from loramill.kernels.embedding import batch_of_rows
 from loramill.kernels.layers import Linear, Stack, Step, run_layers
 from loramill.kernels.memory import to_device
 from loramill.serve.model.config import DecoderConfig
@@ -111,7 +111,7 @@ class Decoder:
             numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
             tokens = to_device(numbers, self.device)
         x = self._backend.embed(tokens, weights.embedding)
-        adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
+        self._backend.adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
         return x
 
     def layers(self, x: torch.Tensor, cache: Sequence[LayerKV], pages: Pages, slab: Slab, batch: Batch) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Norms, SwiGLU, rotation and the writing of pages, on every backend, against float64."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
 from loramill.kernels import KVSpan, Pages
+from loramill.kernels.backend import HeadNorms
 
 from .conftest import BACKENDS, open_backend
 from .oracle import TOLERANCE, assert_near
@@ -64,6 +66,28 @@ def test_add_rms_norm(ops, dtype, width):
     near(got, F.rms_norm(added.double(), (width,), weight.double(), 1e-5), dtype)
 
 
+def test_the_offset_of_a_norm_is_added_to_its_weight(ops, dtype):
+    x, weight = rows_of_wider(5, 100, dtype), torch.randn(100).to(dtype)
+    near(ops.rms_norm(x, weight, 1e-5, 1.0), F.rms_norm(x.double(), (100,), 1 + weight.double(), 1e-5), dtype)
+    # In float32: 1.003 would be 1 in bfloat16, and every third result another.
+    small = torch.full((100,), 0.003).to(dtype)
+    got = ops.rms_norm(x.bfloat16(), small.bfloat16(), 1e-5, 1.0)
+    exact = F.rms_norm(x.bfloat16().double(), (100,), 1 + small.bfloat16().double(), 1e-5)
+    assert (got == exact.bfloat16()).float().mean() > 0.97
+
+
+@pytest.mark.parametrize(("offset", "has_inner"), [(0.0, True), (1.0, False), (1.0, True)])
+def test_add_rms_norm_of_an_inner_norm_and_with_an_offset(ops, dtype, offset, has_inner):
+    residual, x = rows_of_wider(7, 100, dtype), rows_of_wider(7, 100, dtype)
+    weight, inner = torch.randn(100).to(dtype), torch.randn(100).to(dtype) if has_inner else None
+    before, own = residual.clone(), x.clone()
+    added = x if inner is None else ops.rms_norm(x, inner, 1e-5, offset)
+    got = ops.add_rms_norm(residual, x, weight, 1e-5, offset, inner)
+    assert torch.equal(residual, (before.double() + added.double()).to(dtype))
+    near(got, F.rms_norm(residual.double(), (100,), weight.double() + offset, 1e-5), dtype)
+    assert torch.equal(x, own)
+
+
 def test_add_rms_norm_writes_nothing_but_its_rows(ops, dtype):
     wide = torch.randn(4, 40).to(dtype)
     before = wide.clone()
@@ -73,21 +97,26 @@ def test_add_rms_norm_writes_nothing_but_its_rows(ops, dtype):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_silu_mul(ops, dtype, width):
+def test_silu_times_up(ops, dtype, width):
     for rows in (0, 1, 2, 33):
         x = rows_of_wider(rows, 2 * width, dtype)
         gate, up = x.double().chunk(2, dim=-1)
-        got = ops.silu_mul(x * 1)
+        got = ops.gated_activation(x * 1)
         near(got, F.silu(gate) * up, dtype)
-        assert torch.equal(ops.silu_mul(x), got)
+        assert torch.equal(ops.gated_activation(x), got)
 
 
-def test_silu_of_gates_of_any_size(ops, dtype):
-    gate = torch.tensor([-1e30, -200.0, -88.5, -87.0, -20.0, -1e-20, 0.0, 1e-20, 20.0, 87.0, 88.5, 200.0, 1e30])
+@pytest.mark.parametrize(
+    ("activation", "function"), [("silu", F.silu), ("gelu_tanh", partial(F.gelu, approximate="tanh"))]
+)
+def test_gates_of_any_size(ops, dtype, activation, function):
+    gate = torch.tensor(
+        [-1e12, -200.0, -88.5, -87.0, -20.0, -3.0, -1e-20, 0.0, 1e-20, 1.0, 20.0, 87.0, 88.5, 200.0, 1e12]
+    )
     up = torch.linspace(-2, 2, len(gate)) + 0.01
     x = torch.cat((gate, up))[None].to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    near(ops.silu_mul(x), F.silu(gate) * up, dtype)
+    near(ops.gated_activation(x, activation), function(gate) * up, dtype)
 
 
 @pytest.mark.parametrize("width", [17, 576])
@@ -100,7 +129,7 @@ def test_nan_stays_in_its_row(ops, dtype, width):
 
     def operations(x):
         half = x[:, :width]
-        norm, silu = ops.rms_norm(half, weight, 1e-5), ops.silu_mul(x)
+        norm, silu = ops.rms_norm(half, weight, 1e-5), ops.gated_activation(x)
         return norm, ops.add_rms_norm(half.clone(), half, weight, 1e-5), silu
 
     for good, bad in zip(operations(clean), operations(broken), strict=True):
@@ -155,6 +184,27 @@ def test_rope_write(ops, dtype, shape):
     assert all((part == 7).all() for layer in (layers[0], layers[2]) for part in (layer.keys, layer.values))
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_heads_are_normalized_before_they_are_rotated(ops, dtype, shape, offset):
+    heads, kv_heads, head_dim, block_size = shape
+    pages, angles = Pages.of([KVSpan(block_size - 3, 5, [2, 0])], block_size), torch.rand(5, head_dim // 2) * 7
+    norms = HeadNorms(torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype), 1e-6, offset)
+    qkv = rows_of_wider(5, (heads + 2 * kv_heads) * head_dim, dtype)
+    before = qkv.clone()
+    split = before.view(5, -1, head_dim)
+    for part, weight in ((split[:, :heads], norms.q), (split[:, heads : heads + kv_heads], norms.k)):
+        part.copy_(F.rms_norm(part.double(), (head_dim,), weight.double() + offset, 1e-6))
+    fused, alone = ops.new_kv(2, 3, block_size, kv_heads, head_dim, dtype)
+    ops.rope_write(qkv, heads, angles.cos(), angles.sin(), fused, pages, norms)
+    ops.rope_write(before, heads, angles.cos(), angles.sin(), alone, pages)
+    at, columns = torch.from_numpy(pages.slots).long(), heads * head_dim
+    near(qkv[:, :columns], before[:, :columns].double(), dtype)
+    (keys, values), (expected_keys, expected_values) = positions_of(fused), positions_of(alone)
+    near(keys.flatten(0, 1)[at], expected_keys.flatten(0, 1)[at].double(), dtype)
+    assert torch.equal(values.flatten(0, 1)[at], expected_values.flatten(0, 1)[at])
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=30, deadline=None)
 @given(
@@ -171,7 +221,7 @@ def test_any_rows(name, rows, width, dtype, size, seed):
     normed = F.rms_norm(half.double(), (width,), weight.double(), 1e-5)
     near(ops.rms_norm(half, weight, 1e-5) / size, normed / size, dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    near(ops.silu_mul(x) / size**2, F.silu(gate) * up / size**2, dtype)
+    near(ops.gated_activation(x) / size**2, F.silu(gate) * up / size**2, dtype)
     added = (residual.double() + half.double()).to(dtype)
     got = ops.add_rms_norm(residual, half, weight, 1e-5)
     assert torch.equal(residual, added)
@@ -187,7 +237,7 @@ def test_tensors_that_a_kernel_would_misread_are_refused(native):
         lambda: native.rms_norm(x, torch.randn(64)[::2], 1e-5),
         lambda: native.add_rms_norm(x.bfloat16(), x, weight, 1e-5),
         lambda: native.add_rms_norm(x[:3], x, weight, 1e-5),
-        lambda: native.silu_mul(x.T),
+        lambda: native.gated_activation(x.T),
     ):
         with pytest.raises(EngineFault, match="don't match"):
             call()
