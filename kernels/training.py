@@ -29,10 +29,12 @@ class Trainable:
 
     Attributes:
         a: [r, d_in].
-        b: [d_out, r], of a's dtype; the adapter computes in this dtype, whatever x's.
+        b: [d_out, r], of a's dtype.
         scale: Factor of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
         dropout: Probability that an element of x is dropped for the adapter, rounded to multiples of 1 / DROPOUT_STEPS.
         seed: Seed of the dropout; see `dropout_seed`.
+        cast: a and b in the dtype in which the adapter computes, whatever x's; None if that is their own. Gradients are
+            computed in it and returned in a's dtype. One cast serves all passes until a and b change.
     """
 
     a: torch.Tensor
@@ -40,6 +42,7 @@ class Trainable:
     scale: float
     dropout: float = 0.0
     seed: int = 0
+    cast: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def dropout_seed(adapter: str, step: int, site: str) -> int:
@@ -62,8 +65,8 @@ def grouped_lora(
 ) -> torch.Tensor:
     """A frozen linear, with LoRA on the rows of each adapter; differentiable once, in x, a and b.
 
-    With `rows` all rows of an adapter in their order, x_a = x[rows] in the adapter's dtype, p its dropout, and a
-    generator of x's device:
+    With `rows` all rows of an adapter in their order, a and b in the dtype in which it computes, x_a = x[rows] in that
+    dtype, p its dropout, and a generator of x's device:
 
         y = F.linear(x, base, bias)
         words = torch.empty(ceil(x_a.numel() / 4), dtype=torch.int64)
@@ -103,7 +106,8 @@ def grouped_lora(
         adapter = adapters[slot]
         _check_adapter(slot, adapter, dense)
         dropped = round(adapter.dropout * DROPOUT_STEPS)
-        parts.append(_Part(tuple(own), adapter.scale / (1 - dropped / DROPOUT_STEPS), dropped, adapter.seed))
+        scale = adapter.scale / (1 - dropped / DROPOUT_STEPS)
+        parts.append(_Part(tuple(own), scale, dropped, adapter.seed, adapter.cast))
         weights += (adapter.a, adapter.b)
     y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
     return y
@@ -119,12 +123,14 @@ class _Part:
             as a factor.
         dropped: The dropout probability in units of 1 / DROPOUT_STEPS.
         seed: Of the dropout.
+        cast: The adapter's.
     """
 
     rows: tuple[slice, ...]
     scale: float
     dropped: int
     seed: int
+    cast: tuple[torch.Tensor, torch.Tensor] | None
 
     def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Its rows of `whole`, in order; a view if possible."""
@@ -170,11 +176,12 @@ class _GroupedLora(torch.autograd.Function):
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         # The base is not a saved tensor: hooks on those (offloading) would copy it for every linear and step.
-        ctx.base, ctx.parts = base, parts
+        ctx.base, ctx.parts, ctx.dtypes = base, parts, [weight.dtype for weight in weights[::2]]
         saved = [x if any(ctx.needs_input_grad[5::2]) else None]
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, dense, bias)
-            for part, a, b in zip(parts, weights[::2], weights[1::2], strict=True):
+            for part, *own_weights in zip(parts, weights[::2], weights[1::2], strict=True):
+                a, b = part.cast or own_weights
                 own = part.take(x, a.dtype)
                 h = (_masked(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
                 part.add_product(y, h, b.T)
@@ -195,12 +202,12 @@ class _GroupedLora(torch.autograd.Function):
                 own = part.take(dy, b.dtype)
                 da = db = None
                 if needs_b:
-                    db = own.T @ h
+                    db = (own.T @ h).to(ctx.dtypes[i])
                 if needs_a or dx is not None:
                     dh = (own @ b).mul_(part.scale)
                     kept = part.kept(len(dh), a.shape[1], a.device)
                     if needs_a:
-                        da = dh.T @ _masked(part.take(x, a.dtype), kept)
+                        da = (dh.T @ _masked(part.take(x, a.dtype), kept)).to(ctx.dtypes[i])
                     if dx is not None and kept is None:
                         part.add_product(dx, dh, a)
                     elif dx is not None:
@@ -241,6 +248,8 @@ def _check_adapter(slot: Slot, adapter: Trainable, dense: torch.Tensor) -> None:
         )
     if a.dtype != b.dtype or not a.is_floating_point():
         raise AdapterInvalid(f"A is {a.dtype} and B {b.dtype} in slot {slot.index}; give both one floating dtype.")
+    if adapter.cast is not None and [each.shape for each in adapter.cast] != [a.shape, b.shape]:
+        raise AdapterInvalid(f"The cast of A and B in slot {slot.index} has other shapes; cast them again.")
     if not 0 <= adapter.dropout <= 1 - 1 / DROPOUT_STEPS:
         raise AdapterInvalid(
             f"The dropout of slot {slot.index} is {adapter.dropout}; it must be 0 or more and below 1."

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -501,6 +502,23 @@ def test_gradients_accumulate_over_micro_batches_and_backwards():
     assert_same_bits(one.a.grad, before + expected["0.a"], "after another micro-batch")
 
 
+def test_a_cast_gives_the_bits_of_weights_that_autograd_casts():
+    x, base, adapters, batch = example()
+    x, base = x.detach().bfloat16().requires_grad_(), base.bfloat16()
+    dy = torch.randn(13, 10).bfloat16()
+
+    def casting(x, base, adapters, batch):
+        cast = {slot: replace(t, a=t.a.bfloat16(), b=t.b.bfloat16()) for slot, t in adapters.items()}
+        return grouped_lora(x, base, cast, batch)
+
+    with torch.no_grad():
+        ready = {slot: replace(t, cast=(t.a.bfloat16(), t.b.bfloat16())) for slot, t in adapters.items()}
+    expected = gradients(casting, x, base, adapters, batch, dy)
+    for name, value in gradients(grouped_lora, x, base, ready, batch, dy).items():
+        assert_same_bits(value, expected[name], name)
+        assert value.dtype == (torch.bfloat16 if name in ("x", "y") else torch.float32)
+
+
 def test_a_gradient_of_a_gradient_is_refused():
     x, base, adapters, batch = example()
     y = grouped_lora(x, base, adapters, batch).square().sum()
@@ -578,6 +596,7 @@ def test_autocast_changes_nothing():
         ({"dropout": 1.0}, "dropout of slot 0 is 1.0"),
         ({"dropout": -0.1}, "dropout of slot 0 is -0.1"),
         ({"dropout": math.nan}, "dropout of slot 0 is nan"),
+        ({"cast": (torch.zeros(3, 12), torch.zeros(10, 4))}, "cast of A and B in slot 0 has other shapes"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(change, message):

@@ -112,11 +112,16 @@ def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spe
     if spec.method != "adalora":
         return adapted
     ranks = new_rank_allocator(spec, weights)
+
+    def after_step(step: int) -> None:
+        ranks.after_step(step)
+        adapted.after_step(step)
+
     return replace(
         adapted,
         state=ranks.state,
         penalty=ranks.penalty,
-        after_step=ranks.after_step,
+        after_step=after_step,
         best_from_step=ranks.best_from_step,
     )
 

@@ -33,7 +33,7 @@ class AdaptedModel:
         penalty: returns what is added to a step's mean loss, with a gradient, or None (AdaLoRA's orthogonality).
         optimizer: None for AdamW on the model's device.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared
-            (AdaLoRA prunes; DoRA drops its norms).
+            (AdaLoRA prunes; layers drop what they computed from the weights).
         needs_mask: whether the model has to be given an attention mask, which it changes (prefix tuning).
         best_from_step: the first step whose weights may be the best and end the job early (AdaLoRA has pruned its ranks
             by then).
