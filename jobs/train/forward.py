@@ -18,8 +18,8 @@ from loramill.data.encoding import EncodedExample
 from loramill.errors import OutOfMemory
 from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.ops import attention
+from loramill.jobs.train.ops.layers import layer_forwards
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
-from loramill.jobs.train.ops.norm import rms_norm
 from loramill.kernels import varlen
 from loramill.kernels.device import is_out_of_memory
 from loramill.models.catalog import NATIVE_ARCHITECTURES
@@ -132,15 +132,14 @@ def configured_forward(
         masked: always give the model a mask.
         deterministic: compute the same bits each time on a GPU, too.
     """
-    served = type(model).__name__ in NATIVE_ARCHITECTURES
     implementation = _attention(model, longest, masked=masked, deterministic=deterministic)
     with ExitStack() as stack:
         if implementation is not None:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
             model.set_attn_implementation(implementation)
+        for module, own_forward in layer_forwards(model, model.device):
+            _replace_forward(module, own_forward, stack)
         for module in model.modules():
-            if served and _is_frozen_norm(module):
-                _replace_forward(module, partial(rms_norm, module), stack)
             if checkpointing and isinstance(module, GradientCheckpointingLayer):
                 # transformers' own switch works only in train mode, which turns on the base's dropout
                 _replace_forward(module, partial(checkpoint, module.forward, use_reentrant=False), stack)
@@ -157,14 +156,6 @@ def _attention(model: PreTrainedModel, longest: int, *, masked: bool, determinis
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     fits = served and not capped and varlen.is_supported(model.dtype, head_dim, backward=True)
     return attention.VARLEN_NAMES[deterministic] if fits and not masked else None
-
-
-def _is_frozen_norm(module: nn.Module) -> bool:
-    return (
-        type(module).__name__.endswith("RMSNorm")
-        and module.weight.device.type == "cpu"
-        and not module.weight.requires_grad
-    )
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:

@@ -1,0 +1,115 @@
+"""The layers of transformers' models that compute by this package's operations while a job trains.
+
+They are recognized by the names of their classes, whose forward functions were read in transformers 5.23: Llama (also
+SmolLM2), Mistral, Qwen 2 and 3, Gemma 2 and 3. Other layers compute as before, which is logged once per class.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramill.jobs.train.ops.norm import rms_norm
+
+log = logging.getLogger(__name__)
+
+_LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_GEMMA = ("Gemma2", "Gemma3")
+
+#: Norms that multiply by their weight in the dtype of x, and those that multiply by 1 + weight in float32.
+_NORMS = frozenset(f"{family}RMSNorm" for family in _LLAMA_LIKE)
+_PLUS_ONE_NORMS = frozenset(f"{family}RMSNorm" for family in _GEMMA)
+#: MLPs that compute down_proj(act_fn(gate_proj(x)) * up_proj(x)).
+_MLPS = frozenset(f"{family}MLP" for family in (*_LLAMA_LIKE, *_GEMMA))
+#: Attention that rotates queries and keys by `apply_rotary_pos_emb`, with the same angles in both halves of a head.
+_ATTENTIONS = frozenset(f"{family}Attention" for family in (*_LLAMA_LIKE, *_GEMMA))
+_ROTARY = "apply_rotary_pos_emb"
+#: Classes of activations, and whether they are the tanh approximation of GELU instead of SiLU.
+_ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True}
+
+Forward = Callable[..., Any]
+
+
+def layer_forwards(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.Module, Forward]]:
+    """Yields layers of a model and the forward functions to give them, which compute the same.
+
+    Args:
+        model: a causal language model of transformers.
+        device: where it computes.
+    """
+    if device.type == "cpu":
+        yield from _cpu_forwards(model)
+    elif find_spec("triton") is not None:
+        yield from fused_forwards(model)
+    else:
+        _log_once(
+            "training computes norms, MLPs and rotary positions by transformers: `pip install triton` for more speed"
+        )
+
+
+def _cpu_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    for module in model.modules():
+        if type(module).__name__ in _NORMS and _is_frozen(module):
+            yield module, partial(rms_norm, module)
+
+
+def fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    """`layer_forwards` on a GPU: norms with frozen weights, gated MLPs, and rotary positions, by Triton kernels."""
+    for module in model.modules():
+        name = type(module).__name__
+        if not name.endswith(("Norm", "MLP", "Attention")):
+            continue
+        forward = _fused_norm(module) or _fused_mlp(module) or _fused_attention(module)
+        if forward is not None:
+            yield module, forward
+        elif _is_frozen(module):
+            _log_once(f"training computes {name} by transformers: there is no fused operation for it")
+
+
+def _fused_norm(module: Any) -> Forward | None:
+    from loramill.jobs.train.ops import fused
+
+    name = type(module).__name__
+    if name not in _NORMS | _PLUS_ONE_NORMS or not _is_frozen(module):
+        return None
+    plus_one = name in _PLUS_ONE_NORMS
+    eps = module.eps if plus_one else module.variance_epsilon
+    return partial(fused.rms_norm, weight=module.weight, eps=eps, plus_one=plus_one)
+
+
+def _fused_mlp(module: Any) -> Forward | None:
+    from loramill.jobs.train.ops import fused
+
+    if type(module).__name__ not in _MLPS:
+        return None
+    tanh = _ACTIVATIONS.get(type(module.act_fn).__name__)
+    return None if tanh is None else partial(fused.gated_mlp, module, tanh=tanh)
+
+
+def _fused_attention(module: nn.Module) -> Forward | None:
+    """The layer's own forward, in which the name of the rotation means another function."""
+    from loramill.jobs.train.ops import fused
+
+    own = type(module).forward
+    if type(module).__name__ not in _ATTENTIONS or _ROTARY not in own.__code__.co_names:
+        return None
+    names = own.__globals__ | {_ROTARY: fused.apply_rotary}
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return partial(copy, module)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    log.warning(message)
