@@ -334,7 +334,7 @@ class _TrainingRun:
                 weights=optimizer_state.weights,
                 first_moments={} if finished else optimizer_state.first_moments,
                 second_moments={} if finished else optimizer_state.second_moments,
-                state=dict(self._adapted.state),
+                state={**self._adapted.state, **self._adapted.derived()},
             )
             checkpoint.write(self._context.checkpoints, self._spec, data)
         self._saved = self.state

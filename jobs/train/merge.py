@@ -223,8 +223,11 @@ def merge_into(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _read_adapter(model: PreTrainedModel, adapter: Path) -> dict[str, Delta]:
-    """Reads the adapter as the engine does, so that the merged adapter is the served one."""
-    return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()))
+    """Reads the adapter as the engine does, so that the merged adapter is the served one.
+
+    DoRA's gains are computed from the weights of `model`, which may be another quantization of the base.
+    """
+    return read_adapter(adapter, BaseModules.of_model(model, model.get_output_embeddings()), published_gains=False)
 
 
 @contextmanager

@@ -4,9 +4,10 @@ It is strict where PEFT only warns: each tensor that `adapter_config.json` and t
 and of the right shape, and each tensor in the file must be used. Imports with torch alone.
 """
 
-from loramill.kernels.peft_folder.base import PREFIX, BaseModules, Module
+from loramill.kernels.peft_folder.base import PREFIX, BaseModules, Module, merged_norms
 from loramill.kernels.peft_folder.config import CONFIG_FILE
 from loramill.kernels.peft_folder.reader import (
+    GAINS_FILE,
     WEIGHTS_FILE,
     AdapterModule,
     parse_config,
@@ -17,11 +18,13 @@ from loramill.kernels.peft_folder.writer import normalized_files
 
 __all__ = [
     "CONFIG_FILE",
+    "GAINS_FILE",
     "PREFIX",
     "WEIGHTS_FILE",
     "AdapterModule",
     "BaseModules",
     "Module",
+    "merged_norms",
     "normalized_files",
     "parse_config",
     "read_adapter",

@@ -47,10 +47,12 @@ class BaseModules:
         modules: By their names in the base, in its order.
         weight: Returns a module's weight [d_out, d_in], of an embedding [vocabulary, width]; for `<module>.bias`, its
             bias [d_out]. None if it has none.
+        norms: Returns `merged_norms` of a module's weight, given its name and the other arguments; None: by `weight`.
     """
 
     modules: Mapping[str, Module]
     weight: Callable[[str], torch.Tensor | None]
+    norms: Callable[[str, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
     _cores: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,14 +62,18 @@ class BaseModules:
         object.__setattr__(self, "_cores", cores)
 
     @staticmethod
-    def of_sites(sites: Iterable[Site], weight: Callable[[str], torch.Tensor | None]) -> BaseModules:
+    def of_sites(
+        sites: Iterable[Site],
+        weight: Callable[[str], torch.Tensor | None],
+        norms: Callable[[str, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None,
+    ) -> BaseModules:
         """The modules of a model that the engine runs."""
         modules = {
             name: Module(site.d_in, width, site.lookup, site.head)
             for site in sites
             for name, width in zip(site.modules, site.widths, strict=True)
         }
-        return BaseModules(modules, weight)
+        return BaseModules(modules, weight, norms)
 
     @staticmethod
     def of_model(model: nn.Module, head: nn.Module | None) -> BaseModules:
@@ -87,6 +93,14 @@ class BaseModules:
             return weight_of(found[name]) if name in found else None
 
         return BaseModules({name: _described(module, module is head) for name, module in found.items()}, weight)
+
+    def norms_of(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """`merged_norms` of a module's weight."""
+        if self.norms is not None:
+            return self.norms(module, a, b, scale)
+        weight = self.weight(module)
+        assert weight is not None
+        return merged_norms(weight, a, b, scale)
 
     def find(self, path: str) -> tuple[str, str] | None:
         """Finds the module of a tensor in a file by the tensor's name without its part.
@@ -115,6 +129,12 @@ class BaseModules:
             name: found.get(name) or (holders[_holder(name)] + _core(name) if _holder(name) in holders else name)
             for name in self.modules
         }
+
+
+def merged_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """The norms of the rows of `weight + scale * b @ a`, float32 [d_out], for DoRA (Liu et al. 2024, equation 5)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
+    return norms
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -31,9 +31,11 @@ from loramill.kernels.peft_folder.names import (
 )
 from loramill.kernels.peft_folder.safetensors_file import first_non_finite, read_tensors
 
-__all__ = ["WEIGHTS_FILE", "AdapterModule", "parse_config", "read_adapter", "read_modules"]
+__all__ = ["GAINS_FILE", "WEIGHTS_FILE", "AdapterModule", "parse_config", "read_adapter", "read_modules"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+#: DoRA's gains of a version that a job has published, float32 [d_out] by module. Other programs do not read this file.
+GAINS_FILE = "dora_gains.safetensors"
 #: Files of other programs, and what to do with them.
 _OTHER_FILES = {
     "adapter_model.bin": "it has adapter_model.bin, a pickle, which can run any code and is not read. If you trust it, "
@@ -70,26 +72,60 @@ class AdapterModule:
             tensors[file_name(module, MAGNITUDE)] = self.magnitude
         return tensors
 
-    def delta(self, weight: torch.Tensor | None) -> Delta:
-        """The normal form.
-
-        Args:
-            weight: The base module's weight [d_out, d_in]; needed only with a magnitude.
-        """
-        if self.magnitude is None:
-            return Delta(self.a, self.b, lookup=self.lookup, scale=self.scale)
-        assert weight is not None
-        # DoRA (Liu et al. 2024, eq. 5): each row of the merged weight gets the learned length.
-        merged = weight.float() + self.scale * (self.b.float() @ self.a.float())
-        return Delta(self.a, self.b, self.magnitude.float() / torch.linalg.vector_norm(merged, dim=1), scale=self.scale)
+    def delta(self, gain: torch.Tensor | None) -> Delta:
+        """The normal form, with DoRA's gain float32 [d_out]; None without a magnitude."""
+        return Delta(self.a, self.b, gain, self.lookup, self.scale)
 
 
-def read_adapter(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, Delta]:
-    """The deltas of an adapter by module; for arguments and errors see `read_modules`."""
+def read_adapter(
+    folder: Path, base: BaseModules, allocate: Allocator = host_memory, *, published_gains: bool = True
+) -> dict[str, Delta]:
+    """The deltas of an adapter by module.
+
+    DoRA's gains are in the folder if a job has published it; otherwise they are computed, for which the base's weights
+    are read.
+
+    Args:
+        folder, base, allocate: See `read_modules`.
+        published_gains: Whether gains in the folder are used: they are those of the base that the job trained on, in
+            its quantization.
+
+    Raises:
+        AdapterInvalid: See `read_modules`; or the gains do not belong to the adapter.
+    """
+    modules = read_modules(folder, base, allocate)
+    gains: dict[str, torch.Tensor] = {}
+    if published_gains and (folder / GAINS_FILE).is_file():
+        gains = _read_gains(folder, modules, base, allocate)
     return {
-        module: adapted.delta(None if adapted.magnitude is None else base.weight(module))
-        for module, adapted in read_modules(folder, base, allocate).items()
+        module: adapted.delta(gains[module] if module in gains else _computed_gain(module, adapted, base))
+        for module, adapted in modules.items()
     }
+
+
+def _computed_gain(module: str, adapted: AdapterModule, base: BaseModules) -> torch.Tensor | None:
+    """DoRA (Liu et al. 2024, equation 5): each row of the merged weight gets the learned length."""
+    if adapted.magnitude is None:
+        return None
+    return adapted.magnitude.float() / base.norms_of(module, adapted.a, adapted.b, adapted.scale)
+
+
+def _read_gains(
+    folder: Path, modules: Mapping[str, AdapterModule], base: BaseModules, memory: Allocator
+) -> dict[str, torch.Tensor]:
+    """The gains that a job has published, of exactly the modules with a magnitude."""
+    shapes = {module: one.magnitude.shape for module, one in modules.items() if one.magnitude is not None}
+    tensors = _read_tensors(folder, GAINS_FILE, memory)
+    gains = {(base.find(name) or (name,))[0]: gain for name, gain in tensors.items()}
+    wrong = sorted(
+        name for name in gains.keys() | shapes.keys() if name not in gains or gains[name].shape != shapes.get(name)
+    )
+    if wrong:
+        raise AdapterInvalid(
+            f"{GAINS_FILE} in {folder.name} is not the adapter's: the gain of '{wrong[0]}' is missing, or has another "
+            "shape than its magnitude. Remove the file; the gains are then computed."
+        )
+    return gains
 
 
 def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_memory) -> dict[str, AdapterModule]:
@@ -133,19 +169,22 @@ def read_modules(folder: Path, base: BaseModules, allocate: Allocator = host_mem
 
 
 def _read_file(folder: Path, base: BaseModules, memory: Allocator) -> dict[str, FileModule]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         for other, reason in _OTHER_FILES.items():
             if (folder / other).is_file():
                 raise AdapterInvalid(f"{folder.name} has no {WEIGHTS_FILE}; {reason}.")
+    return by_module(folder.name, _read_tensors(folder, WEIGHTS_FILE, memory), base)
+
+
+def _read_tensors(folder: Path, name: str, memory: Allocator) -> dict[str, torch.Tensor]:
     try:
-        tensors = read_tensors(path, memory)
+        tensors = read_tensors(folder / name, memory)
     except (OSError, ValueError) as error:
-        raise AdapterInvalid(f"{WEIGHTS_FILE} in {folder.name} can't be read: {error}.") from error
+        raise AdapterInvalid(f"{name} in {folder.name} can't be read: {error}.") from error
     broken = first_non_finite(tensors)
     if broken is not None:
         raise AdapterInvalid(f"'{broken}' of the adapter in {folder.name} holds values that are NaN or infinite.")
-    return by_module(folder.name, tensors, base)
+    return tensors
 
 
 def _targeted(

@@ -13,6 +13,7 @@ from loramill.kernels.embedding import batch_of_rows
 from loramill.kernels.layers import Linear, Stack, Step, run_layers
 from loramill.kernels.memory import to_device
 from loramill.serve.model.config import DecoderConfig
+from loramill.serve.model.norms import MergedNorms
 from loramill.serve.model.protocol import Chunk, logits_rows
 from loramill.serve.model.rope import amplitude, angles, inverse_frequencies
 
@@ -53,6 +54,7 @@ class Decoder:
         self._weights = weights
         self._targets = _targets(weights, self.sites)
         self._backend = backend
+        self._norms = MergedNorms(self.device)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
         self._amplitude = amplitude(config.rope)
 
@@ -76,6 +78,11 @@ class Decoder:
         weight, start, width = self._targets[module]
         rows = torch.arange(start, start + width, device=self.device)
         return self._backend.embed(rows, weight).cpu()
+
+    def merged_norms(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `Model.merged_norms`."""
+        weight, start, _ = self._targets[module]
+        return self._norms(lambda rows: self._backend.embed(rows + start, weight), a, b, scale)
 
     @property
     def asynchronous(self) -> bool:

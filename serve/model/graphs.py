@@ -136,6 +136,10 @@ class GraphedDecoder:
         """See `Model.target_weight`."""
         return self._decoder.target_weight(module)
 
+    def merged_norms(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `Model.merged_norms`."""
+        return self._decoder.merged_norms(module, a, b, scale)
+
     @property
     def asynchronous(self) -> bool:
         """See `Model.asynchronous`."""

@@ -27,6 +27,7 @@ from loramill.kernels import (
     backend,
     torch_backend,
 )
+from loramill.kernels.peft_folder import merged_norms
 from loramill.kernels.quantization import Quantization, quantize
 from loramill.serve.model.config import read_raw_config
 from loramill.serve.model.hf_step import (
@@ -126,6 +127,10 @@ class HuggingFaceModel:
     def target_weight(self, module: str) -> torch.Tensor | None:
         """The weight of a module, or its bias for `<module>.bias`; None if adapters can't target the module."""
         return self._weights[module]() if module in self._weights else None
+
+    def merged_norms(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """See `Model.merged_norms`."""
+        return merged_norms(self._weights[module](), a, b, scale)
 
     @property
     def asynchronous(self) -> bool:

@@ -64,6 +64,18 @@ class Model(Protocol):
         `<module>.bias`, a head's bias [d_out] if it has one.
         """
 
+    def merged_norms(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """The norms of the rows of a module's weight plus `scale * b @ a`, float32 [d_out] on the host, for DoRA.
+
+        Any thread may call it; on a GPU no step waits for it.
+
+        Args:
+            module: A linear that adapters can target.
+            a: [r, d_in].
+            b: [d_out, r].
+            scale: Factor of their product.
+        """
+
     def forward(
         self,
         chunks: Sequence[Chunk],

@@ -17,7 +17,7 @@ from loramill.jobs.train.methods import peft_folder
 from loramill.jobs.train.methods.adalora import adalora_files, adalora_layers, load_adalora, new_rank_allocator
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.layers import LoraLinear, insert_layers
-from loramill.jobs.train.methods.lora import dora_layers, load_lora, lora_files, lora_layers, loraplus_factors
+from loramill.jobs.train.methods.lora import dora_layers, gains_of, load_lora, lora_files, lora_layers, loraplus_factors
 from loramill.jobs.train.methods.pissa_loftq import load_pissa, loftq_layers, pissa_files, pissa_layers
 from loramill.jobs.train.methods.targets import TargetModule, find_target_modules
 from loramill.kernels.peft_folder import BaseModules
@@ -77,7 +77,7 @@ def adapter_files(
     """Returns the adapter in PEFT's files, as a LoRA or DoRA on the unmodified base.
 
     Args:
-        weights, state: those of an `AdaptedModel`, as a checkpoint holds them.
+        weights, state: those of an `AdaptedModel`, as a checkpoint holds them: the state with what is derived.
         base: the base's name in the API.
     """
     return _EXPORTERS.get(spec.method, lora_files)(spec, weights, state, base)
@@ -107,6 +107,7 @@ def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spe
         set_dropout=lambda on: _set_dropout(layers, on),
         lr_factors=loraplus_factors(spec, weights),
         state=_with_full_names({name: layer.extra_state() for name, layer in layers.items()}),
+        derived=lambda: gains_of(layers),
         after_step=lambda step: _invalidate_caches(layers),
     )
     if spec.method != "adalora":

@@ -16,6 +16,11 @@ def no_penalty() -> torch.Tensor | None:
     return None
 
 
+def nothing_derived() -> Mapping[str, torch.Tensor]:
+    """The `derived` of a method whose files contain only what was trained."""
+    return {}
+
+
 def do_nothing(step: int) -> None:
     """The `after_step` of a method that has nothing to do."""
 
@@ -30,6 +35,8 @@ class AdaptedModel:
         set_dropout: turns the adapter's dropout on or off; the base's dropout stays off, as in serving.
         lr_factors: factors of the learning rate, by name of the weight; 1 by default (LoRA+).
         state: other tensors that training changes in place and a checkpoint has to hold (AdaLoRA's importances).
+        derived: returns what follows from the weights and the base and belongs to the adapter's files (DoRA's gains); a
+            checkpoint holds it with the state, since the files are made without the base.
         penalty: returns what is added to a step's mean loss, with a gradient, or None (AdaLoRA's orthogonality).
         optimizer: None for AdamW on the model's device.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared
@@ -44,6 +51,7 @@ class AdaptedModel:
     set_dropout: Callable[[bool], None]
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    derived: Callable[[], Mapping[str, torch.Tensor]] = nothing_derived
     penalty: Callable[[], torch.Tensor | None] = no_penalty
     optimizer: Optimizer | None = None
     after_step: Callable[[int], None] = do_nothing

@@ -110,6 +110,11 @@ class DoraLinear(LoraLinear):
         bias = _detached(self.linear.bias)
         return y if bias is None else y + bias
 
+    @torch.no_grad()
+    def gain(self) -> torch.Tensor:
+        """Returns the factor of each output, [d_out]: what serving multiplies by."""
+        return self.magnitude / self.row_norms()
+
     def invalidate_cache(self) -> None:
         """Drops the row norms, too."""
         super().invalidate_cache()

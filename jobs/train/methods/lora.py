@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from safetensors.torch import save
 
 from loramill.jobs.train.methods import peft_folder
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
@@ -13,8 +14,12 @@ from loramill.jobs.train.methods.layers import DoraLinear, LoraLinear
 from loramill.jobs.train.methods.peft_folder import StoredAdapter
 from loramill.jobs.train.methods.seeds import seed_of
 from loramill.jobs.train.methods.targets import TargetModule
+from loramill.kernels.peft_folder import GAINS_FILE
 from loramill.models.targets import scale_of
 from loramill.types import JobSpec
+
+#: Last part of a gain's name in a checkpoint.
+GAIN = "gain"
 
 
 def lora_layers(targets: list[TargetModule], spec: JobSpec) -> dict[str, LoraLinear]:
@@ -48,8 +53,19 @@ def loraplus_factors(spec: JobSpec, weights: Mapping[str, torch.Tensor]) -> dict
 def lora_files(
     spec: JobSpec, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], base: str
 ) -> dict[str, bytes]:
-    """Returns the adapter as it was trained, in PEFT's files."""
-    return peft_folder.peft_files(spec, weights, base)
+    """Returns the adapter as it was trained, in PEFT's files; a DoRA with its gains in another file.
+
+    Checkpoints that were written before gains were kept have none; the gains are then computed by each load.
+    """
+    files = peft_folder.peft_files(spec, weights, base)
+    suffix = f".{GAIN}"
+    gains = {name.removesuffix(suffix): gain.cpu() for name, gain in sorted(state.items()) if name.endswith(suffix)}
+    return files | ({GAINS_FILE: save(gains, metadata={"format": "pt"})} if gains else {})
+
+
+def gains_of(layers: Mapping[str, LoraLinear]) -> dict[str, torch.Tensor]:
+    """Returns the gains of DoRA's layers, under their names in a checkpoint."""
+    return {f"{name}.{GAIN}": layer.gain() for name, layer in layers.items() if isinstance(layer, DoraLinear)}
 
 
 def load_lora(adapted: AdaptedModel, stored: StoredAdapter, spec: JobSpec) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loramill.errors import AdapterInvalid, LoramillError, Unavailable
 from loramill.kernels import PackedAdapter, Slab, Slot
+from loramill.kernels.device import is_out_of_memory
 from loramill.kernels.memory import Recycler
 from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.serve.engine.adapters.host_cache import HostCache
@@ -152,6 +153,8 @@ class AdapterLoader:
             # The source is the caller's and the files are a tenant's: whatever they raise must end as an output.
             log.exception("adapter not loaded", extra={"version": version})
             result = AdapterInvalid(f"Version {version} can't be loaded: {error!r}.")
+            if is_out_of_memory(error):
+                result = Unavailable(f"The GPU had no memory to load version {version}: try again later.")
         if result is not None:
             self._results.put(LoadResult(version, result))
             self._notify()

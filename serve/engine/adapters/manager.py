@@ -58,7 +58,7 @@ class AdapterManager:
         self._patience_steps = config.slot_patience_steps
         self._waited_steps = 0
         self._cache = HostCache(config.host_bytes, locked=self.slab.arena.device.type == "cuda")
-        base = BaseModules.of_sites(model.sites, model.target_weight)
+        base = BaseModules.of_sites(model.sites, model.target_weight, model.merged_norms)
         self._loader = AdapterLoader(self.slab, self._cache, base, source, config.load_threads, notify)
 
     def wait_until_prepared(self) -> None:

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loramill.errors import AdapterInvalid
-from loramill.kernels.peft_folder import BaseModules
+from loramill.kernels.peft_folder import GAINS_FILE, BaseModules
 from loramill.kernels.peft_folder import read_adapter as read
+from loramill.serve.model.norms import MergedNorms
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
-def read_adapter(folder, model):
-    return read(folder, BaseModules.of_sites(model.sites, model.target_weight))
+def read_adapter(folder, model, **options):
+    return read(folder, BaseModules.of_sites(model.sites, model.target_weight), **options)
 
 
 @pytest.fixture
@@ -336,3 +337,76 @@ def test_weights_that_are_nan_or_infinite_are_named(folder, tiny, value, dtype):
 def test_large_but_finite_weights_are_read(folder, tiny):
     change_weights(folder, lambda t: t[f"{Q}.lora_A.weight"].fill_(3e38))
     assert read_adapter(folder, tiny)["model.layers.0.self_attn.q_proj"].a.min() > 1e38
+
+
+def with_gains(folder, base, to, edit=lambda gains: None):
+    """A copy of a DoRA's folder with its gains, as a job publishes them."""
+    shutil.copytree(folder, to)
+    gains = {module: delta.gain for module, delta in read_adapter(folder, base).items()}
+    edit(gains)
+    save_file(gains, to / GAINS_FILE)
+    return to
+
+
+def test_the_published_gains_of_a_dora_spare_reading_the_base(adapters, tiny, tmp_path, drive, prompts, expected):
+    folder = with_gains(adapters["dora"], tiny, tmp_path / "published")
+    driver = drive(lambda version: folder)
+    base = driver.engine._adapters._loader._base
+    for name in ("weight", "norms"):
+        object.__setattr__(base, name, lambda *_: pytest.fail("the base was read"))
+    driver.submit("published", prompts["dora"], "dora")
+    assert driver.finish()["published"] == expected["dora"]
+
+
+def test_without_published_gains_the_model_computes_norms_and_copies_no_weight(
+    adapters, tiny, drive, prompts, expected, monkeypatch
+):
+    modules = []
+    norms = type(tiny).merged_norms
+
+    def counted(self, module, *rest):
+        modules.append(module)
+        return norms(self, module, *rest)
+
+    monkeypatch.setattr(type(tiny), "merged_norms", counted)
+    monkeypatch.setattr(type(tiny), "target_weight", lambda *_: pytest.fail("a weight was copied"))
+    driver = drive()
+    driver.submit("imported", prompts["dora"], "dora")
+    assert driver.finish()["imported"] == expected["dora"]
+    assert len(modules) == len(set(modules)) == 6
+
+
+def test_published_gains_are_not_computed_again_and_can_be_ignored(adapters, tiny, tmp_path):
+    folder = with_gains(
+        adapters["dora"], tiny, tmp_path / "published", lambda gains: [g.add_(1) for g in gains.values()]
+    )
+    for module, delta in read_adapter(folder, tiny).items():
+        computed = read_adapter(folder, tiny, published_gains=False)[module]
+        torch.testing.assert_close(delta.gain, computed.gain + 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda gains: gains.popitem(), "the gain of .* is missing"),
+        (lambda gains: gains.update(nowhere=torch.ones(3)), "the gain of 'nowhere'"),
+        (lambda gains: gains.update({name: torch.ones(3) for name in gains}), "another shape"),
+        (lambda gains: gains[next(iter(gains))].fill_(torch.nan), "NaN"),
+    ],
+)
+def test_gains_that_are_not_the_adapters_are_refused(adapters, tiny, tmp_path, edit, message):
+    folder = with_gains(adapters["dora"], tiny, tmp_path / "published", edit)
+    with pytest.raises(AdapterInvalid, match=message):
+        read_adapter(folder, tiny)
+
+
+def test_norms_in_chunks_are_those_of_the_whole_weight():
+    weight, a, b = torch.randn(23, 8), torch.randn(3, 8), torch.randn(23, 3)
+    norms = MergedNorms(torch.device("cpu"))
+    whole = norms(weight.__getitem__, a, b, 0.7)
+    torch.testing.assert_close(whole, (weight + 0.7 * b @ a).norm(dim=1))
+    norms._chunk_bytes = 4 * 8 * 5
+    sizes = []
+    parts = norms(lambda rows: (sizes.append(len(rows)), weight[rows])[1], a, b, 0.7)
+    assert sizes == [5, 5, 5, 5, 3]
+    torch.testing.assert_close(parts, whole)

@@ -85,7 +85,7 @@ def trained_model(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterat
 def store_adapter(adapted: AdaptedModel, spec: JobSpec, folder: Path) -> Path:
     """The adapter's files."""
     folder.mkdir()
-    for name, content in adapter_files(spec, adapted.weights, adapted.state, "small").items():
+    for name, content in adapter_files(spec, adapted.weights, {**adapted.state, **adapted.derived()}, "small").items():
         (folder / name).write_bytes(content)
     return folder
 

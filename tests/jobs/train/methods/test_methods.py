@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from loramill.errors import AdapterInvalid, InvalidRequest
-from loramill.jobs.train.methods import attach_adapter, load_start_adapter
+from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.peft_folder import lora_config
-from loramill.kernels.peft_folder import BaseModules, read_adapter
+from loramill.kernels.peft_folder import GAINS_FILE, BaseModules, read_adapter
 from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base
 from loramill.types import JobSpec
@@ -259,6 +259,25 @@ def test_dora_computes_its_norms_after_every_step(small: Base) -> None:
                 merged = layer.linear.weight + layer.scale * layer.b @ layer.a
                 torch.testing.assert_close(layer.row_norms(), merged.norm(dim=1), msg=name)
                 assert not torch.allclose(layer.row_norms(), layer.linear.weight.norm(dim=1))
+
+
+def test_doras_gains_are_published_with_the_version(small: Base, tmp_path: Path) -> None:
+    for method in ("dora", "lora"):
+        spec = spec_of(method=method)
+        with trained_model(load_model(small), spec, small.folder) as adapted:
+            folder = store_adapter(adapted, spec, tmp_path / method)
+            without = adapter_files(spec, adapted.weights, adapted.state, "small")
+        # The files that PEFT reads are the same as those of a checkpoint without gains.
+        files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert {name: files[name] for name in without} == without
+        assert files.keys() - without.keys() == ({GAINS_FILE} if method == "dora" else set())
+    model = load_model(small)
+    base = BaseModules.of_model(model, model.get_output_embeddings())
+    published = read_adapter(tmp_path / "dora", base)
+    computed = read_adapter(tmp_path / "dora", base, published_gains=False)
+    for module, delta in published.items():
+        assert delta.gain is not None and delta.gain.dtype == torch.float32
+        torch.testing.assert_close(delta.gain, computed[module].gain)
 
 
 def test_dropout_is_off_by_default(small: Base) -> None:
