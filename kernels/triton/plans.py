@@ -38,11 +38,13 @@ class Expand:
         ranks: Ranks per iteration.
         width: Columns per program.
         warps: Of a program.
+        registers: Maximum per thread; None: ptxas chooses.
     """
 
     ranks: int
     width: int
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +90,26 @@ class Launch:
     options: Mapping[str, int]
 
 
+#: Registers that a thread of a one-row program may use: the 65,536 of a multiprocessor over 4 programs of 128 threads.
+#: Without a limit, ptxas takes 80 for more programs and spills one.
+REGISTERS = 128
+
 #: (rows of the longest run up to, ranks up to, plan); the first that fits is used.
-#: With 64 rows, an expand of 32 ranks per iteration spills registers if widths are odd.
+#: These would spill registers: an expand of 32 ranks per iteration (16 rows on sm_120, 64 rows on all); a shrink of 64
+#: ranks and rows with 4 warps (sm_89 and sm_120, which lack wgmma); and an expand of 64 rows without a number of
+#: registers, of which ptxas takes 128 there.
 TABLE: tuple[tuple[float, int, TilePlan], ...] = (
-    (3, 256, TilePlan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4))),
+    (3, 256, TilePlan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4, REGISTERS))),
     (32, 16, TilePlan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),
-    (32, 256, TilePlan(16, Shrink(64, 128, 16, 4, 4), Expand(32, 128, 4))),
-    (math.inf, 16, TilePlan(64, Shrink(16, 128, 8, 4, 4), Expand(16, 128, 8))),
-    (math.inf, 256, TilePlan(64, Shrink(64, 128, 8, 4, 4), Expand(16, 128, 8))),
+    (32, 256, TilePlan(16, Shrink(64, 128, 16, 4, 4), Expand(16, 128, 4))),
+    (math.inf, 16, TilePlan(64, Shrink(16, 128, 8, 4, 4), Expand(16, 128, 8, 255))),
+    (math.inf, 256, TilePlan(64, Shrink(64, 128, 8, 8, 4), Expand(16, 128, 8, 255))),
 )
 
 FUSED = Fused(tiles=32, ranks=16, d_in=2048, depth=2048, width=512, warps=8)
 
 #: Number of programs that keep the memory queues of an H100's 132 multiprocessors full, about 4 each.
 PROGRAMS = 512
-
-#: Registers that a thread of a one-row program may use: the 65,536 of a multiprocessor over 4 programs of 128 threads.
-#: Without a limit, ptxas takes 80 for more programs and spills one.
-REGISTERS = 128
 
 #: Up to this many rows, a graph, whose runs are unknown when it is captured, has tiles of one row.
 STATIC_ROWS = 32
@@ -146,7 +150,7 @@ def shrink(plan: TilePlan, itemsize: int, steps: int) -> Launch:
     """The launch of a shrink of weights of `itemsize` bytes."""
     cut = plan.shrink
     constants = {"RANKS": cut.ranks, "DEPTH": cut.depth // itemsize, "STEPS": steps}
-    return _launch("shrink", plan, constants, cut.warps, cut.stages)
+    return _launch("shrink", plan, constants, cut.warps, cut.stages, REGISTERS if plan.rows == 1 else None)
 
 
 @cache
@@ -154,7 +158,7 @@ def expand(plan: TilePlan) -> Launch:
     """The launch of an expand."""
     cut = plan.expand
     constants = {"SPLITS": plan.shrink.splits, "RANKS": cut.ranks, "WIDTH": cut.width}
-    return _launch("expand", plan, constants, cut.warps, 1)
+    return _launch("expand", plan, constants, cut.warps, 1, cut.registers)
 
 
 @cache
@@ -165,10 +169,14 @@ def fused(d_in: int, itemsize: int) -> Launch:
     return Launch("fused_row", constants, {"num_warps": FUSED.warps, "num_stages": 1})
 
 
-def _launch(kernel: str, plan: TilePlan, constants: dict[str, int], warps: int, stages: int) -> Launch:
+def _launch(
+    kernel: str, plan: TilePlan, constants: dict[str, int], warps: int, stages: int, registers: int | None
+) -> Launch:
     options = {"num_warps": warps, "num_stages": stages}
+    if registers is not None:
+        options["maxnreg"] = registers
     if plan.rows == 1:
-        return Launch(f"{kernel}_row", constants, {**options, "maxnreg": REGISTERS})
+        return Launch(f"{kernel}_row", constants, options)
     return Launch(f"{kernel}_rows", {**constants, "ROWS": plan.rows}, options)
 
 

@@ -1,9 +1,8 @@
-"""Decode attention: right in Triton's interpreter, compiled for sm_90 without a GPU, and right on a GPU.
+"""Decode attention: right in Triton's interpreter, reading ahead where it is compiled, and right on a GPU.
 
 `TRITON_INTERPRET=1 pytest tests/kernels/triton_attention_interpreted.py` runs the interpreted tests one by one.
 """
 
-import importlib
 import os
 import re
 import subprocess
@@ -18,45 +17,12 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from loramill_bench.kernels import cuda_attention, on_cuda  # noqa: E402
 
-from .hopper import HOPPER, NAMES, SHARED, empty_cache, spilled  # noqa: E402, F401
-
-host = importlib.import_module("loramill.kernels.triton.attention")
+from .compiling import GPUS, compiled, empty_cache  # noqa: E402, F401
+from .shipped import HEADS, attend_configuration  # noqa: E402
 
 TESTS = Path(__file__).with_name("triton_attention_interpreted.py")
-IN_KV_DTYPE = ("qkv", "keys", "values", "out")
-TYPES = {"totals": "*fp32", "peaks": "*fp32", "table": "*i32", "blocks": "*i32", "scale": "fp32"}
-#: Arguments that Triton knows to be multiples of 16; the blocks follow a table of any length.
-MULTIPLES = (*IN_KV_DTYPE, "totals", "peaks", "table", "q_row", "out_row")
-
-#: Head dimension and query heads per KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
-SHAPES = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
-
-
-#: Bytes of shared memory per multiprocessor, and per program, by compute capability.
-MEMORY = {80: (164, 163), 86: (100, 99), 89: (100, 99), 90: (228, 227), 100: (228, 227), 120: (100, 99)}
-
-
-def compiled(kernel, launch, dtype, target=HOPPER):
-    signature = {
-        name: "constexpr"
-        if name in launch.constants
-        else NAMES[dtype]
-        if name in IN_KV_DTYPE
-        else TYPES.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in launch.constants.items()},
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in MULTIPLES if name in signature},
-    )
-    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 def test_the_kernels_are_right_in_the_interpreter():
@@ -66,45 +32,28 @@ def test_the_kernels_are_right_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
-@pytest.mark.parametrize(("head_dim", "group"), SHAPES)
-@pytest.mark.parametrize("dtype", NAMES, ids=str)
-def test_every_configuration_compiles_for_hopper_and_spills_nothing(tmp_path, dtype, head_dim, group):
-    attend = host.attend_launch(group, head_dim, 16, dtype.itemsize, MEMORY[90][0] << 10)
-    combine = host.combine_launch(group, head_dim, host.SPLITS[-1], attend.constants["KEYS"])
-    for kernel, launch in ((host.attend, attend), (host.combine, combine)):
-        binary = compiled(kernel, launch, dtype)
-        size, usage = spilled(binary, tmp_path)
-        assert not size, usage
-        assert binary.metadata.shared <= SHARED
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: f"sm_{gpu.capability}")
+def test_two_programs_share_a_multiprocessor(gpu):
+    binary = compiled(attend_configuration(gpu, torch.bfloat16, 128, 20), gpu)
+    # A program has 1 KiB of its own.
+    assert 2 * (binary.shared + 1024) <= gpu.per_multiprocessor << 10
 
 
-@pytest.mark.parametrize("capability", sorted(MEMORY.keys() - {90}))
-def test_the_shape_with_most_registers_compiles_for_other_gpus_and_spills_nothing(tmp_path, capability):
-    per_multiprocessor, per_program = MEMORY[capability]
-    launch = host.attend_launch(20, 128, 16, 2, per_multiprocessor << 10)
-    binary = compiled(host.attend, launch, torch.bfloat16, GPUTarget("cuda", capability, 32))
-    size, usage = spilled(binary, tmp_path)
-    assert not size, usage
-    assert binary.metadata.shared <= per_program << 10
-    assert per_multiprocessor << 10 >= 2 * (binary.metadata.shared + 1024), "one program per multiprocessor"
-
-
-@pytest.mark.parametrize(("head_dim", "group"), SHAPES)
+@pytest.mark.parametrize(("head_dim", "group"), HEADS)
 def test_keys_and_values_are_read_ahead_by_16_bytes_for_the_matrix_units(head_dim, group):
-    launch = host.attend_launch(group, head_dim, 32, 2, MEMORY[90][0] << 10)
-    binary = compiled(host.attend, launch, torch.bfloat16)
-    text = binary.asm["ptx"]
+    binary = compiled(attend_configuration(GPUS[90], torch.bfloat16, head_dim, group, block_size=32))
+    text = binary.texts["ptx"]
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text)
     assert re.search(r"wgmma|mma\.sync", text)
-    loop = binary.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
+    loop = binary.texts["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
     assert loop.count("ttg.async_copy_global_to_local") == 2, "keys and values are not read ahead"
 
 
-def test_a_kernel_that_spills_is_detected(tmp_path):
-    # The options for two-byte numbers.
-    launch = replace(host.attend_launch(4, 128, 16, 4, 0), options={"num_warps": 4, "num_stages": 2})
-    size, usage = spilled(compiled(host.attend, launch, torch.float32), tmp_path)
-    assert size, usage
+def test_a_kernel_that_spills_is_detected():
+    shipped = attend_configuration(GPUS[90], torch.float32, 128, 4)
+    with_options_of_two_bytes = replace(shipped, options={"num_warps": 4, "num_stages": 2})
+    binary = compiled(with_options_of_two_bytes)
+    assert binary.spilled, binary
 
 
 def test_the_bench_reports_decodes_against_their_floor(monkeypatch):

@@ -1,8 +1,16 @@
-"""Every configuration that ships compiles for sm_90, without a GPU, and spills nothing."""
+"""What ships compiles for every kind of GPU that is supported, where there is none, and spills nothing.
 
+All configurations are compiled for sm_90, and for the other GPUs those of each kernel that need most registers and most
+shared memory on sm_90.
+"""
+
+import importlib
 import os
 import re
+from collections.abc import Iterator
+from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,50 +19,42 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
-from triton.compiler import ASTSource  # noqa: E402
+from loramill.kernels.triton import plans  # noqa: E402
 
-from loramill.kernels.memory import ALIGNMENT  # noqa: E402
-from loramill.kernels.triton import kernels, plans  # noqa: E402
+from .compiling import GPUS, NAMES, Binary, Configuration, Gpu, compiled, empty_cache  # noqa: E402, F401
+from .shipped import SHIPPED, lora_configuration, lora_launches  # noqa: E402
 
-from .hopper import HOPPER, NAMES, SHARED, empty_cache, spilled  # noqa: E402, F401
-
-POINTERS = {"gains": "*fp32", "h": "*fp32", "table": "*i64", "starts": "*i32", "tiles": "*i32"}
-IN_SLAB_DTYPE = ("x", "y", "weights")
-#: Widths, and distances between rows, that Triton knows to be multiples of 16 where they are.
-DIMENSIONS = ("d_in", "x_row", "y_row")
+HOPPER = GPUS[90]
+ROOT = Path(__file__).parents[2]
 
 
-def launches(itemsize):
-    """Each kernel of each plan: a sum in one step, in several, and in as many as the widest MLP of Llama 3 takes."""
-    for _, _, plan in plans.TABLE:
-        for steps in (1, 4, 64):
-            yield plans.shrink(plan, itemsize, steps)
-        yield plans.expand(plan)
-    for d_in in (100, plans.FUSED.d_in):
-        yield plans.fused(d_in, itemsize)
+Compiled = list[tuple[Configuration, Binary]]
 
 
-def compiled(launch, dtype, aligned):
-    """A kernel as `lora` compiles it at a q/k/v site whose dimensions are multiples of 16, or odd."""
-    kernel = getattr(kernels, launch.kernel)
-    site = {"MODULES": 3, "STRIDE": 3, "ALIGN": ALIGNMENT // dtype.itemsize, "ALIGN_Y": 16 if aligned else 1}
-    constants = {name: value for name, value in {**site, **launch.constants}.items() if name in kernel.arg_names}
-    signature = {
-        name: "constexpr" if name in constants else NAMES[dtype] if name in IN_SLAB_DTYPE else POINTERS.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    multiples = [
-        i
-        for i, name in enumerate(kernel.arg_names)
-        if name == "h_row" or name in POINTERS or name == "weights" or (aligned and name in (*DIMENSIONS, "x", "y"))
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+@cache
+def grid(family: str, dtype: torch.dtype) -> Compiled:
+    """All configurations of a family and dtype for sm_90, compiled once for all tests."""
+    return [(each, compiled(each, HOPPER)) for each in SHIPPED[family](HOPPER, dtype)]
+
+
+def extremes(family: str, gpu: Gpu) -> Iterator[Configuration]:
+    """Of each kernel of a family, the configurations that take most registers and most shared memory on sm_90."""
+    most: dict[tuple[str, str], tuple[int, torch.dtype, int]] = {}
+    for dtype in NAMES:
+        for index, (each, binary) in enumerate(grid(family, dtype)):
+            for kind, amount in (("registers", binary.registers), ("shared", binary.shared)):
+                key = (each.kernel.__name__, kind)
+                if amount > most.get(key, (-1,))[0]:
+                    most[key] = amount, dtype, index
+    for dtype, index in {(dtype, index): None for _, dtype, index in most.values()}:
+        # Some launches depend on the GPU.
+        yield list(SHIPPED[family](gpu, dtype))[index]
+
+
+def faults(pairs: Compiled, gpu: Gpu) -> str:
+    return "\n".join(
+        f"{each.name}: {binary}" for each, binary in pairs if binary.spilled or binary.shared > gpu.per_program << 10
     )
-    return triton.compile(source, target=HOPPER, options=dict(launch.options))
 
 
 def test_every_step_has_a_plan_and_every_plan_is_compiled():
@@ -64,36 +64,47 @@ def test_every_step_has_a_plan_and_every_plan_is_compiled():
     assert static <= chosen
 
 
-# Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's.
-@pytest.mark.parametrize(
-    ("dtype", "aligned"),
-    [*((dtype, True) for dtype in NAMES), (torch.float32, False), (torch.bfloat16, False)],
-    ids=str,
-)
-def test_every_configuration_compiles_for_hopper_and_spills_nothing(tmp_path, dtype, aligned):
-    faults = []
-    for launch in launches(dtype.itemsize):
-        binary = compiled(launch, dtype, aligned)
-        size, usage = spilled(binary, tmp_path)
-        if size or binary.metadata.shared > SHARED:
-            faults.append(f"{launch}: {binary.metadata.shared} bytes of shared memory, {usage}")
-    assert not faults, "\n".join(faults)
+def test_every_kernel_is_among_the_shipped():
+    sources = [path for folder in ("kernels", "jobs") for path in ROOT.joinpath(folder).rglob("*.py")]
+    names = [
+        ".".join(("loramill", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in sources
+        if "@triton.jit" in path.read_text(encoding="utf-8")
+    ]
+    members = [member for name in names for member in vars(importlib.import_module(name)).values()]
+    kernels = {member.__name__ for member in members if isinstance(member, triton.JITFunction)}
+    shipped = {each.kernel.__name__ for family in SHIPPED.values() for each in family(HOPPER, torch.bfloat16)}
+    assert {name for name in kernels if not name.startswith("_")} == shipped
 
 
-@pytest.mark.parametrize("launch", [*launches(2)], ids=lambda launch: f"{launch.kernel}-{launch.constants}")
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("family", SHIPPED)
+def test_every_configuration_compiles_for_hopper_and_spills_nothing(family, dtype):
+    assert not faults(grid(family, dtype), HOPPER)
+
+
+@pytest.mark.parametrize("capability", [*GPUS.keys() - {90}])
+@pytest.mark.parametrize("family", SHIPPED)
+def test_the_largest_configurations_compile_for_other_gpus_and_spill_nothing(family, capability):
+    gpu = GPUS[capability]
+    assert not faults([(each, compiled(each, gpu)) for each in extremes(family, gpu)], gpu)
+
+
+@pytest.mark.parametrize("launch", [*lora_launches(2)], ids=lambda launch: f"{launch.kernel}-{launch.constants}")
 def test_weights_of_even_dimensions_are_read_16_bytes_at_a_time(launch):
-    text = compiled(launch, torch.bfloat16, True).asm["ptx"]
+    text = compiled(lora_configuration(launch, torch.bfloat16)).texts["ptx"]
     assert re.search(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", text), launch
 
 
 @pytest.mark.parametrize("plan", [plan for _, _, plan in plans.TABLE if plan.rows > 1])
 def test_tiles_of_many_rows_use_the_matrix_units(plan):
     for launch in (plans.shrink(plan, 2, 4), plans.expand(plan)):
-        assert re.search(r"wgmma|mma\.sync", compiled(launch, torch.bfloat16, True).asm["ptx"]), launch
+        text = compiled(lora_configuration(launch, torch.bfloat16)).texts["ptx"]
+        assert re.search(r"wgmma|mma\.sync", text), launch
 
 
-def test_a_kernel_that_spills_is_detected(tmp_path):
+def test_a_kernel_that_spills_is_detected():
     constants = {"SPLITS": 8, "RANKS": 64, "WIDTH": 256, "ROWS": 128}
     huge = plans.Launch("expand_rows", constants, {"num_warps": 4, "num_stages": 1})
-    size, usage = spilled(compiled(huge, torch.bfloat16, True), tmp_path)
-    assert size, usage
+    binary = compiled(lora_configuration(huge, torch.bfloat16))
+    assert binary.spilled, binary

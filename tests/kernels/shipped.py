@@ -1,0 +1,84 @@
+"""The configurations of every kernel that ships, of which tests compile each one.
+
+A new kernel joins with a function from a kind of GPU and a dtype to its configurations, and an entry in `SHIPPED`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from loramill.kernels.memory import ALIGNMENT
+from loramill.kernels.triton import kernels, plans
+
+from .compiling import Configuration, Gpu, configuration
+
+attention_host = importlib.import_module("loramill.kernels.triton.attention")
+
+#: Head dimension and query heads per KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
+HEADS = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
+
+
+def lora_launches(itemsize: int) -> Iterator[plans.Launch]:
+    """Each kernel of each plan: a sum in one step, in several, and in as many as the widest MLP of Llama 3 takes."""
+    for _, _, plan in plans.TABLE:
+        for steps in (1, 4, 64):
+            yield plans.shrink(plan, itemsize, steps)
+        yield plans.expand(plan)
+    for d_in in (100, plans.FUSED.d_in):
+        yield plans.fused(d_in, itemsize)
+
+
+def lora_configuration(launch: plans.Launch, dtype: torch.dtype, aligned: bool = True) -> Configuration:
+    """A kernel as `lora` compiles it at a q/k/v site whose dimensions are multiples of 16, or odd."""
+    addresses = ("gains", "h", "table", "starts", "tiles", "weights", "h_row")
+    return configuration(
+        launch, getattr(kernels, launch.kernel), dtype,
+        in_dtype=("x", "y", "weights"),
+        types={"gains": "*fp32", "h": "*fp32", "table": "*i64", "starts": "*i32", "tiles": "*i32"},
+        multiples=(*addresses, "x", "y", "d_in", "x_row", "y_row") if aligned else addresses,
+        MODULES=3, STRIDE=3, ALIGN=ALIGNMENT // dtype.itemsize, ALIGN_Y=16 if aligned else 1,
+    )  # fmt: skip
+
+
+def lora(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Adapters, at dimensions that are multiples of 16 and at odd ones.
+
+    Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's.
+    """
+    for launch in lora_launches(dtype.itemsize):
+        yield lora_configuration(launch, dtype)
+        if dtype != torch.float16:
+            yield lora_configuration(launch, dtype, aligned=False)
+
+
+def attend_configuration(
+    gpu: Gpu, dtype: torch.dtype, head_dim: int, group: int, block_size: int = 16
+) -> Configuration:
+    """Decode attention over one split."""
+    launch = attention_host.attend_launch(group, head_dim, block_size, dtype.itemsize, gpu.per_multiprocessor << 10)
+    return configuration(
+        launch, attention_host.attend, dtype,
+        in_dtype=("qkv", "keys", "values"),
+        types={"totals": "*fp32", "peaks": "*fp32", "table": "*i32", "blocks": "*i32", "scale": "fp32"},
+        # The blocks follow a table of any length.
+        multiples=("qkv", "keys", "values", "totals", "peaks", "table", "q_row"),
+    )  # fmt: skip
+
+
+def attention(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Decode attention, and the sum of its splits."""
+    for head_dim, group in HEADS:
+        attend = attend_configuration(gpu, dtype, head_dim, group)
+        yield attend
+        launch = attention_host.combine_launch(group, head_dim, attention_host.SPLITS[-1], attend.constants["KEYS"])
+        yield configuration(
+            launch, attention_host.combine, dtype,
+            in_dtype=("out",),
+            types={"totals": "*fp32", "peaks": "*fp32", "table": "*i32"},
+            multiples=("out", "totals", "peaks", "table", "out_row"),
+        )  # fmt: skip
+
+
+#: By the name that a test shows.
+SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {"lora": lora, "attention": attention}
