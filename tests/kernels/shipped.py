@@ -5,11 +5,12 @@ A new kernel joins with a function from a kind of GPU and a dtype to its configu
 
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 
 from loramill.kernels.memory import ALIGNMENT
-from loramill.kernels.triton import kernels, plans
+from loramill.kernels.triton import decoder_ops, kernels, plans
 
 from .compiling import Configuration, Gpu, configuration
 
@@ -80,5 +81,41 @@ def attention(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
         )  # fmt: skip
 
 
+#: Rows of SmolLM2, Llama 3 8B and Llama 3 70B.
+WIDTHS = (576, 4096, 8192)
+#: Query heads, KV heads and head dimension: SmolLM2, Llama 3, 80 channels, Gemma.
+ALL_HEADS = ((9, 3, 64), (32, 8, 128), (32, 32, 80), (16, 8, 256))
+
+
+def decoder(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Norms with and without a residual and an inner norm, gates, and rotations with and without norms of heads."""
+    absent = ({"residual": None, "inner": None}, {"inner": None}, {})
+    for d, missing in product(WIDTHS, absent):
+        yield configuration(
+            decoder_ops.norm_launch(d), decoder_ops.norm_row, dtype,
+            in_dtype=("x", "residual", "inner", "weight", "y"),
+            types={"eps": "fp32", "offset": "fp32"},
+            multiples=("x", "residual", "inner", "weight", "y", "d", "x_row", "residual_row"),
+            **missing,
+        )  # fmt: skip
+    for activation in ("silu", "gelu_tanh"):
+        yield configuration(
+            decoder_ops.gate_launch(activation), decoder_ops.gate_row, dtype,
+            in_dtype=("gate_up", "y"), types={}, multiples=("gate_up", "y", "d", "gate_up_row"),
+        )  # fmt: skip
+    for shape, missing in product(ALL_HEADS, ({"q_norm": None, "k_norm": None}, {})):
+        yield configuration(
+            decoder_ops.rotate_launch(*shape), decoder_ops.rotate_heads, dtype,
+            in_dtype=("qkv", "keys", "values", "q_norm", "k_norm"),
+            types={"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32", "offset": "fp32"},
+            multiples=("qkv", "keys", "values", "cos", "sin", "slots", "q_norm", "k_norm", "qkv_row"),
+            **missing,
+        )  # fmt: skip
+
+
 #: By the name that a test shows.
-SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {"lora": lora, "attention": attention}
+SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {
+    "lora": lora,
+    "attention": attention,
+    "decoder": decoder,
+}
