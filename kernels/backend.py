@@ -22,8 +22,8 @@ class Quantized:
     """A quantized matrix [d_out, d_in]: its values are `(levels[codes] * scales).to(dtype)`, computed in float32.
 
     Attributes:
-        codes: [d_out, d_in]: uint8 indices of levels, or int8 values.
-        levels: float32 [16]; None: the codes are int8.
+        codes: [d_out, d_in]: uint8 indices of levels, or int8 or float8_e4m3fn values.
+        levels: float32 [16]; None: the codes are values.
         scales: float32 [d_out, d_in / group]: one per `group` adjacent inputs; a group is a multiple of four or all.
 
     Raises:
@@ -37,7 +37,7 @@ class Quantized:
     def __post_init__(self) -> None:
         codes, levels, scales = self.codes, self.levels, self.scales
         if levels is None:
-            fits = codes.dtype == torch.int8
+            fits = codes.dtype in (torch.int8, torch.float8_e4m3fn)
         else:
             fits = codes.dtype == torch.uint8 and levels.dtype == torch.float32 and levels.shape == (16,)
         fits = fits and scales.dtype == torch.float32 and codes.ndim == scales.ndim == 2 and scales.numel() > 0
@@ -139,7 +139,10 @@ class Backend(Protocol):
         """Converts a matrix [d_out, d_in] to the layout of `linear`, `adapted_linear` and `embed`."""
 
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
-        """Like `pack(matrix.values(dtype))`, with the same results in less memory."""
+        """Like `pack(matrix.values(dtype))`, with the same results in less memory.
+
+        Codes in float8 are for GPUs, where `linear` rounds x to float8 as well; CPUs refuse them.
+        """
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of the matrix: `weight[tokens]`, for int64 tokens [rows]; returns [rows, d_in]."""

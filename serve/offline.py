@@ -74,14 +74,18 @@ class OfflineEngine:
         base: the base model; it is loaded into this process.
         source: returns the PEFT folder of a request's `version`; called in other threads.
         settings: limits and threads of the engine.
+        cache: folder for weights in NF4 (`Settings.cache`); None: they are quantized each time.
 
     Raises:
         BaseUnusable: the base cannot be loaded.
     """
 
-    def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
+    def __init__(
+        self, base: Base, source: AdapterSource, settings: ServeSettings, *, cache: Path | None = None
+    ) -> None:
         self._numbers = count(1)
-        self._replica = Replica(base, source, settings.model_copy(update={"max_waiting": 2 * _MAX_IN_FLIGHT}))
+        settings = settings.model_copy(update={"max_waiting": 2 * _MAX_IN_FLIGHT})
+        self._replica = Replica(base, source, settings, cache=cache)
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
         # An event loop of its own: callers need none, and text is decoded while the engine computes.

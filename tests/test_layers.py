@@ -47,9 +47,11 @@ LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "triton"}
 OPTIONAL = {
     "serve/model/hf.py": "transformers",
     "kernels/quantization.py": "bitsandbytes",
+    "kernels/triton/quantized.py": "bitsandbytes",
 }
 LEAN_MODULES = (
     "loramill.errors",
+    "loramill.gpus",
     "loramill.kernels",
     "loramill.serve.engine",
     "loramill.serve.model",

@@ -81,7 +81,7 @@ def build_worker(
         name=worker_name(worker_slot, os.getpid()),
         registry=Registry.open(settings.database, settings.artifacts),
         base=base,
-        model=cache(lambda: load_for_training(base, torch.bfloat16, packed=device.type == "cuda").to(device)),
+        model=cache(lambda: load_for_training(base, torch.bfloat16, device=device, cache=settings.cache)),
         device=device,
         tokenizer=ChatTokenizer.load(base.folder),
         checkpoints=settings.checkpoints,

@@ -84,6 +84,8 @@ class Native:
 
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
         """Converts the codes to the layout of `pack`; indices of levels take four bits."""
+        if matrix.codes.dtype == torch.float8_e4m3fn:
+            raise EngineFault("The kernels for CPUs don't read float8 weights; quantize to int8.")
         levels = None if matrix.levels is None else matrix.levels.contiguous()
         lay_out = byte_panels if levels is None else nibble_panels
         codebook = Codebook(levels, self._store(scale_panels(matrix.scales)), matrix.group)

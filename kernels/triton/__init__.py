@@ -1,11 +1,8 @@
-"""The backend for NVIDIA GPUs: Triton kernels for all but the base's linears and the attention of prompts."""
+"""The backend for NVIDIA GPUs: Triton kernels for all but the base's products and the attention of prompts."""
 
 from loramill.kernels.embedding import adapt_embedding as adapt_embedding
-from loramill.kernels.torch_backend import embed as embed
-from loramill.kernels.torch_backend import linear as linear
 from loramill.kernels.torch_backend import new_kv as new_kv
 from loramill.kernels.torch_backend import pack as pack
-from loramill.kernels.torch_backend import pack_quantized as pack_quantized
 from loramill.kernels.torch_backend import set_threads as set_threads
 from loramill.kernels.triton.attention import StaticPages as StaticPages
 from loramill.kernels.triton.attention import attention as attention
@@ -17,5 +14,8 @@ from loramill.kernels.triton.lora import StaticPlan as StaticPlan
 from loramill.kernels.triton.lora import adapted_linear as adapted_linear
 from loramill.kernels.triton.lora import layout as layout
 from loramill.kernels.triton.lora import lora as lora
+from loramill.kernels.triton.quantized import embed as embed
+from loramill.kernels.triton.quantized import linear as linear
+from loramill.kernels.triton.quantized import pack_quantized as pack_quantized
 
 name: str = "triton"

@@ -12,13 +12,13 @@ import triton
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels import torch_backend
 from loramill.kernels.adapter import RANK, Layout, Site
 from loramill.kernels.backend import Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.memory import ALIGNMENT, aligned, copy_to_device
 from loramill.kernels.slab import SiteSlab, Slab
 from loramill.kernels.triton import kernels, plans
+from loramill.kernels.triton.quantized import linear
 
 #: b is stored as [r, d_out], so that columns are adjacent and aligned whatever the rank, and need no padding.
 layout: Layout = Layout(torch.Tensor.contiguous, lambda b: b.T.contiguous())
@@ -56,7 +56,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
 
 def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch) -> torch.Tensor:
     """`linear`, then `lora` on its result."""
-    y = torch_backend.linear(x, weight)
+    y = linear(x, weight)
     lora(x, y, slab, batch)
     return y
 

@@ -17,6 +17,8 @@ CONTEXT_BYTES = 700 * 2**20
 
 #: The lowest supported compute capability: older GPUs do not compute in bfloat16.
 MIN_CAPABILITY = (8, 0)
+#: The lowest compute capability with matrix products in float8 (`torch._scaled_mm`): Ada, Hopper and Blackwell.
+FP8_CAPABILITY = (8, 9)
 
 
 def ray_share(share: float) -> float:
@@ -32,6 +34,27 @@ def capability_problem(name: str, capability: tuple[int, int]) -> str | None:
     return (
         f"{name} has compute capability {have}, and loramill needs {need} (Ampere) or newer: "
         "older GPUs do not compute in bfloat16."
+    )
+
+
+def fp8_problem(name: str | None, capability: tuple[int, int]) -> str | None:
+    """Why a device can't serve a base in float8, as a sentence; None if it can.
+
+    Args:
+        name: name of the GPU; None: the engine runs on the CPU.
+        capability: its compute capability.
+    """
+    if name is None:
+        return (
+            'serve.quantization = "fp8" needs a GPU, and the engine runs on the CPU: unset it, and set quantization to '
+            '"int8" or "nf4" for a base in fewer bits.'
+        )
+    if capability >= FP8_CAPABILITY:
+        return None
+    have, need = (f"{major}.{minor}" for major, minor in (capability, FP8_CAPABILITY))
+    return (
+        f'serve.quantization = "fp8" needs a GPU of compute capability {need} (Ada, Hopper) or newer, and {name} has '
+        f'{have}: unset it, and set quantization to "nf4" or "int8" for a base in fewer bits.'
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loramill.errors import SettingsInvalid, SetupError
-from loramill.gpus import ray_share
+from loramill.gpus import fp8_problem, ray_share
 from loramill.gpus.machine import Gpu, gpu_problem
 from loramill.plural import counted
 from loramill.settings import Settings
@@ -42,9 +42,19 @@ def decide_devices(settings: Settings, gpus: Sequence[Gpu], cuda: str | None, *,
         native: whether the base runs by loramill's own decoder; other bases are served on the CPU.
 
     Raises:
-        SetupError: the settings require a GPU, and there is none that can be used.
+        SetupError: the settings require a GPU, or one that computes in float8, and there is none that can be used.
         SettingsInvalid: the settings require that jobs train on GPUs, and engines leave no room for them.
     """
+    decision = _decide(settings, gpus, cuda, native)
+    if settings.serve.quantization == "fp8":
+        used = gpus if decision.settings.serve.device == "cuda" else ()
+        problems = [fp8_problem(gpu.name, gpu.capability) for gpu in used] or [fp8_problem(None, (0, 0))]
+        if problem := next(filter(None, problems), None):
+            raise SetupError(problem)
+    return decision
+
+
+def _decide(settings: Settings, gpus: Sequence[Gpu], cuda: str | None, native: bool) -> DeviceDecision:
     required = settings.serve.device == "cuda" or settings.jobs.on_gpu
     problem = next(filter(None, (gpu_problem(gpu, cuda) for gpu in gpus)), None)
     if problem and len(gpus) > 1:

@@ -85,7 +85,7 @@ def check_gpu_memory(base: Base, settings: Settings, gpus: Sequence[Gpu]) -> Non
     if settings.serve.device == "cuda":
         engine_limits(shape, settings, gpu)
         needed, free = (
-            CONTEXT_BYTES + served_weight_bytes(shape, base.quantization),
+            CONTEXT_BYTES + served_weight_bytes(shape, settings.serve.served_quantization(base.quantization)),
             max(gpu.free_bytes for gpu in gpus),
         )
         if needed > free:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from loramill.kernels.peft_folder import BaseModules
-    from loramill.kernels.quantization import Quantization
+    from loramill.kernels.quantization import Nf4Source, Quantization
 
 #: Architectures with a decoder of our own; the last two differ from the first in q/k/v biases and in q/k norms. Other
 #: causal language models are served through transformers.
@@ -76,7 +77,7 @@ def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Ba
     Args:
         name: "smollm2-135m", a local Hugging Face folder, or a hub id such as "Qwen/Qwen3-0.6B". A model that was
             downloaded before is not downloaded again, so that a base doesn't change under its adapters.
-        cache: folder for converted weights and known hashes; it may be deleted at any time.
+        cache: folder for converted and quantized weights and known hashes; it may be deleted at any time.
         quantization: quantization of its linears for serving and training; a base in fewer bits is another base.
 
     Raises:
@@ -102,39 +103,72 @@ def find_base(name: str, cache: Path, quantization: Quantization = "none") -> Ba
     )
 
 
-def load_for_training(base: Base, dtype: torch.dtype, *, packed: bool = False) -> PreTrainedModel:
-    """Loads a base as a transformers model on the CPU, in `dtype`, frozen and in eval mode.
+def load_for_training(
+    base: Base,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
+    cache: Path | None = None,
+) -> PreTrainedModel:
+    """Loads a base as a transformers model in `dtype`, frozen and in eval mode.
 
-    The linears of a quantized base have exactly the values that the engine serves with, in `dtype`.
+    The linears of a quantized base have exactly the values that the engine serves with, in `dtype`. They are moved to
+    the device and quantized there one by one, while the files' weights stay mapped: the host never holds a copy of the
+    base, and weights that are in the cache are not read.
 
     Args:
+        device: where the model goes.
         packed: keep NF4 in four bits, as bitsandbytes' Linear4bit with doubly quantized scales (QLoRA), which computes
-            with the same values. For a GPU; on a CPU, unpacking takes several times as long as multiplying.
+            with the same values. None: on a GPU; on a CPU, unpacking takes several times as long as multiplying.
+        cache: folder for weights in NF4 (`loramill.models.nf4_cache`); None: they are quantized at each call.
 
     Raises:
         BaseUnusable: the weights don't fit the configuration or can't be read.
         SetupError: the base is in NF4, and bitsandbytes isn't installed.
     """
     from safetensors import SafetensorError
-    from torch.nn import Linear
+    from torch import device as torch_device
     from transformers import AutoModelForCausalLM
 
-    from loramill.kernels.quantization import fake_quantize, nf4_linear
-
+    to = torch_device(device)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseUnusable(f"The base '{base.name}' in {base.folder} can't be loaded: {error}") from error
     if base.quantization != "none":
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, Linear) or module is model.get_output_embeddings():
-                continue
-            if packed and base.quantization == "nf4":
-                model.set_submodule(name, nf4_linear(module))
-            else:
-                module.weight.data = fake_quantize(module.weight.data, base.quantization)
-    return model.requires_grad_(False).eval()
+        _quantize_linears(model, base, to, to.type == "cuda" if packed is None else packed, cache)
+    return model.requires_grad_(False).eval().to(to)
+
+
+def nf4_source(base: Base, device: torch.device, cache: Path | None) -> Nf4Source:
+    """Returns a base's weights in NF4 on a device, from the cache if there is one."""
+    from loramill.kernels.quantization import nf4_without_cache
+    from loramill.models.nf4_cache import Nf4Cache
+
+    return nf4_without_cache if cache is None else Nf4Cache(cache, base.fingerprint, device).pack
+
+
+def _quantize_linears(
+    model: PreTrainedModel, base: Base, device: torch.device, packed: bool, cache: Path | None
+) -> None:
+    """Quantizes the linears except the head on the device, one by one."""
+    from torch.nn import Linear
+
+    from loramill.kernels.quantization import dequantize, nf4_linear, quantize, unpack_nf4
+
+    to_nf4, head = nf4_source(base, device, cache), model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear) or module is head:
+            continue
+        read, dtype = partial(module.weight.data.to, device), module.weight.dtype
+        if base.quantization != "nf4":
+            module.weight.data = dequantize(quantize(read(), "int8"), dtype)
+        elif packed:
+            model.set_submodule(name, nf4_linear(module, to_nf4(name, read)))
+        else:
+            module.weight.data = dequantize(unpack_nf4(to_nf4(name, read)), dtype)
 
 
 def base_modules(base: Base) -> BaseModules:

@@ -139,9 +139,7 @@ def estimate(
     return total(
         device,
         [
-            MemoryItem(
-                "base", base_bytes(base, quantization, device, dtype_bytes), f"{base.parameters / 1e9:.3g}B weights"
-            ),
+            base_weights(base, quantization, device, dtype_bytes),
             MemoryItem("adapter", 4 * (trained.weights + trained.frozen), f"{trained.weights:,} weights in fp32"),
             MemoryItem("optimizer", (8 + 4 * trained.extra_state) * trained.weights, "two moments of AdamW in fp32"),
         ],
@@ -194,6 +192,17 @@ def framework(device: Device) -> MemoryItem:
     if device == "cpu":
         return MemoryItem("framework", _PROCESS, "the process with its libraries")
     return MemoryItem("framework", CONTEXT_BYTES, "the CUDA context with its libraries")
+
+
+def base_weights(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> MemoryItem:
+    """The base's weights in training, and how they are kept."""
+    kept = ""
+    if quantization != "none":
+        kept = "; a CPU keeps the rounded values and the file's" if device == "cpu" else f" in {quantization}"
+        if (device, quantization) == ("cuda", "int8"):
+            kept = ", rounded to int8 and kept in bfloat16"
+    size = base_bytes(base, quantization, device, dtype_bytes)
+    return MemoryItem("base", size, f"{base.parameters / 1e9:.3g}B weights{kept}")
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:

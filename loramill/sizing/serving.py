@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from loramill.errors import NotEnoughMemory
 from loramill.gpus import CONTEXT_BYTES
 from loramill.settings import ServeSettings
-from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.memory import NF4_BYTES
-from loramill.types import GpuInfo, Quantization
+from loramill.sizing.anatomy import Anatomy, LinearShape
+from loramill.types import GpuInfo, Quantization, ServedQuantization
 
 #: Bytes per second that a GPU reads from its memory (data sheets of NVIDIA), by a part of its name; the first match.
 _BANDWIDTHS = {
@@ -32,6 +31,8 @@ _GRAPHS, _GAPS = 512 * 2**20, 0.05
 _BATCH_TOKENS, _STEP_SHARE = (2048, 1024, 512, 256), 0.25
 #: The smallest useful KV cache, in tokens.
 _MIN_KV_TOKENS = 512
+
+_QUANTIZE = 'quantize the base (quantization = "nf4", or serve.quantization = "fp8")'
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def cpu_limits(settings: ServeSettings) -> EngineLimits:
 def gpu_limits(
     gpu: GpuInfo,
     base: Anatomy,
-    quantization: Quantization,
+    quantization: ServedQuantization,
     settings: ServeSettings,
     *,
     free_bytes: int,
@@ -96,7 +97,7 @@ def gpu_limits(
         raise NotEnoughMemory(
             f"{gpu.name} has {max(0, free_bytes) / 1e9:.1f} GB for the engine besides the base, which is too little: "
             f"a step takes {step / 1e9:.1f} GB and adapters take {adapters / 1e9:.1f} GB. Raise serve.gpu_fraction, "
-            'lower serve.max_batch_tokens, quantize the base (quantization = "nf4"), or use a larger GPU.'
+            f"lower serve.max_batch_tokens, {_QUANTIZE}, or use a larger GPU."
         )
     default = EngineLimits(
         max_batch_tokens=batch,
@@ -114,25 +115,46 @@ def planned_limits(
 ) -> EngineLimits:
     """The limits that an engine will have on a GPU, before it is there.
 
+    Args:
+        gpu: the GPU.
+        base: the base that it will serve.
+        quantization: that of the base for training; the engine may store it in float8 by the settings.
+        settings: of the engine.
+        host_free_bytes: free memory of the host.
+
     Raises:
+        SettingsInvalid: the settings quantize a base that is quantized already.
         NotEnoughMemory: the base does not fit into the engine's share of the GPU, or leaves no memory for a KV cache.
     """
     share = round((settings.gpu_fraction or 1.0) * gpu.bytes)
-    weights = served_weight_bytes(base, quantization)
+    served = settings.served_quantization(quantization)
+    weights = served_weight_bytes(base, served)
     free = share - CONTEXT_BYTES - weights
     if free < 0:
         raise NotEnoughMemory(
             f"The base's weights take {weights / 1e9:.1f} GB, and the engine has {share / 1e9:.1f} GB of {gpu}: raise "
-            'serve.gpu_fraction, quantize the base (quantization = "nf4"), or use a larger GPU.'
+            f"serve.gpu_fraction, {_QUANTIZE}, or use a larger GPU."
         )
-    return gpu_limits(gpu, base, quantization, settings, free_bytes=free, host_free_bytes=host_free_bytes)
+    return gpu_limits(gpu, base, served, settings, free_bytes=free, host_free_bytes=host_free_bytes)
 
 
-def served_weight_bytes(base: Anatomy, quantization: Quantization) -> int:
+def served_weight_bytes(base: Anatomy, quantization: ServedQuantization) -> int:
     """Bytes of the base's weights in an engine on a GPU."""
     of_linears = sum(linear.weights for linear in base.linears)
-    per_weight = {"nf4": NF4_BYTES + 4 / 64, "int8": 1.0}.get(quantization, 2.0)  # NF4's scales stay in fp32
-    return round(2 * (base.parameters - of_linears) + per_weight * of_linears)
+    others = 2 * (base.parameters - of_linears)
+    return others + sum(_linear_bytes(linear, quantization) for linear in base.linears)
+
+
+def _linear_bytes(linear: LinearShape, quantization: ServedQuantization) -> int:
+    """Bytes of a linear, as `kernels.triton.quantized` keeps it: a shape that has no product stays in bfloat16.
+
+    NF4 takes 4 bits and an fp32 scale per 64 weights, int8 and float8 8 bits and an fp32 scale per output.
+    """
+    if quantization == "nf4" and linear.d_in % 64 == 0:
+        return linear.weights // 2 + linear.weights // 64 * 4
+    if quantization == "int8" or (quantization == "fp8" and linear.d_in % 16 == linear.d_out % 16 == 0):
+        return linear.weights + 4 * linear.d_out
+    return 2 * linear.weights
 
 
 def kv_token_bytes(base: Anatomy) -> int:
@@ -140,7 +162,7 @@ def kv_token_bytes(base: Anatomy) -> int:
     return 2 * 2 * base.layers * base.kv_heads * base.head_dim
 
 
-def expected_speed(gpu: GpuInfo, base: Anatomy, quantization: Quantization, sequences: int) -> float:
+def expected_speed(gpu: GpuInfo, base: Anatomy, quantization: ServedQuantization, sequences: int) -> float:
     """Tokens per second of an engine that decodes this number of sequences at once, which is bound by memory."""
     name = gpu.name.lower()
     bandwidth = next((speed for part, speed in _BANDWIDTHS.items() if part in name), _OTHER_BANDWIDTH)
@@ -148,7 +170,7 @@ def expected_speed(gpu: GpuInfo, base: Anatomy, quantization: Quantization, sequ
     return sequences / (_STEP_OVERHEAD * bytes_ / bandwidth)
 
 
-def _batch_tokens(base: Anatomy, quantization: Quantization, settings: ServeSettings, free_bytes: int) -> int:
+def _batch_tokens(base: Anatomy, quantization: ServedQuantization, settings: ServeSettings, free_bytes: int) -> int:
     def fits(tokens: int) -> bool:
         return _step_bytes(base, quantization, tokens, settings.max_sequences, free_bytes) <= _STEP_SHARE * free_bytes
 
@@ -161,16 +183,21 @@ def _adapter_bytes(base: Anatomy, settings: ServeSettings, free_bytes: int) -> i
     return max(2**20, min(share, settings.adapter_slots * largest))
 
 
-def _step_bytes(base: Anatomy, quantization: Quantization, batch_tokens: int, sequences: int, free_bytes: int) -> int:
+def _step_bytes(
+    base: Anatomy, quantization: ServedQuantization, batch_tokens: int, sequences: int, free_bytes: int
+) -> int:
     """Memory of a step: activations, logits of all its tokens (an echo with log probabilities), gathered keys and
-    values of one long prompt, the sampler's copies of the logits, a dequantized matrix, and the graphs."""
+    values of one long prompt, the sampler's copies of the logits, a matrix that is dequantized for a step with many
+    rows, or its rows in float8, and the graphs."""
     attention = (base.heads + 2 * base.kv_heads) * base.head_dim
     activations = 2 * batch_tokens * (6 * base.hidden + 3 * base.intermediate + 2 * attention)
     logits = 6 * batch_tokens * base.vocabulary
     gathered = min(kv_token_bytes(base) * base.context, free_bytes) // base.layers
     sampled = 24 * sequences * base.vocabulary
-    dequantized = 0 if quantization == "none" else 4 * max(linear.weights for linear in base.linears)
-    return activations + max(logits, gathered) + sampled + dequantized + _GRAPHS
+    # Twice the largest linear, in bfloat16: gate and up are one matrix.
+    dequantized = 4 * max(linear.weights for linear in base.linears) if quantization in ("nf4", "int8") else 0
+    rounded = batch_tokens * base.intermediate if quantization == "fp8" else 0
+    return activations + max(logits, gathered) + sampled + dequantized + rounded + _GRAPHS
 
 
 def _with_settings(default: EngineLimits, settings: ServeSettings) -> EngineLimits:

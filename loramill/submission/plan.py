@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from loramill.errors import InvalidRequest, NotEnoughMemory
+from loramill.errors import InvalidRequest, NotEnoughMemory, SettingsInvalid
 from loramill.gpus import MIN_CAPABILITY
 from loramill.local.machine import free_memory
 from loramill.models.catalog import Base
@@ -129,7 +129,7 @@ def _describe_engine(options: PlanOptions, base: Anatomy, quantization: Quantiza
     host = free_memory()
     try:
         limits = planned_limits(gpu, base, quantization, settings.serve, 0 if host is None else host.free_bytes)
-    except NotEnoughMemory as error:
+    except (NotEnoughMemory, SettingsInvalid) as error:
         return f"No engine fits: {error.message}"
     return f"An engine with {settings.serve.gpu_fraction or 1:.0%} of {gpu}: {limits}."
 

@@ -22,6 +22,7 @@ from loramill.types.jobs import (
     PendingAction,
     Quantization,
     Schedule,
+    ServedQuantization,
     TrainOn,
 )
 from loramill.types.nightly import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAsideData, StepStatus
@@ -59,6 +60,7 @@ __all__ = [
     "RateWindow",
     "Schedule",
     "Scope",
+    "ServedQuantization",
     "SetAsideData",
     "StepStatus",
     "TenantRecord",

@@ -38,6 +38,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Schedule = Literal["linear", "cosine", "constant"]
 TrainOn = Literal["all", "only_last", "last"]
 Quantization = Literal["none", "int8", "nf4"]
+#: How an engine stores a base's linears: quantized as for training, or in float8 although jobs train on the original.
+ServedQuantization = Literal["none", "int8", "nf4", "fp8"]
 #: What a running job does at its next heartbeat; "preempt" queues it again in favor of a job of higher priority.
 PendingAction = Literal["cancel", "pause", "preempt"]
 #: What runs a job: a session that takes one job after another, or a trainer that is started for this job.

@@ -61,7 +61,7 @@ def measure_task(task: Task, report: Report) -> ComparisonRow:
 
 def _untuned(bench: Workbench) -> ComparisonRow:
     """Measures the base itself."""
-    with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
+    with OfflineEngine(bench.data.base, Path, bench.engine, cache=bench.task.cache) as engine:
         base = EngineAnswerer(engine)
         return ComparisonRow(subject="base", quality=bench.quality(base), serving=bench.serving("engine", base=base))
 
@@ -72,7 +72,7 @@ def _adapter(bench: Workbench) -> ComparisonRow:
     folder = _write_files(
         export_adapter(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
     )
-    with OfflineEngine(bench.data.base, Path, bench.engine) as engine:
+    with OfflineEngine(bench.data.base, Path, bench.engine, cache=bench.task.cache) as engine:
         adapted = EngineAnswerer(engine, str(folder))
         row = ComparisonRow(
             subject=bench.task.subject,

@@ -43,8 +43,7 @@ class Workbench:
 
     def load(self) -> PreTrainedModel:
         """Loads the base for training: on a GPU, a quantized base stays quantized."""
-        packed = self.task.device == "cuda"
-        return load_for_training(self.data.base, torch.bfloat16, packed=packed).to(self.task.device)
+        return load_for_training(self.data.base, torch.bfloat16, device=self.task.device, cache=self.task.cache)
 
     def quality(self, answerer: Answerer) -> Score:
         """Scores the answers to the test questions."""

@@ -28,7 +28,7 @@ from loramill.kernels import (
     torch_backend,
 )
 from loramill.kernels.peft_folder import merged_norms
-from loramill.kernels.quantization import Quantization, quantize
+from loramill.kernels.quantization import Nf4Source, Quantization, nf4_without_cache, quantize, unpack_nf4
 from loramill.serve.model.config import read_raw_config
 from loramill.serve.model.hf_step import (
     ATTENTION,
@@ -50,7 +50,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def load_hf(
-    folder: Path, *, dtype: torch.dtype, quantization: Quantization = "none", threads: int | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    threads: int | None = None,
+    nf4_source: Nf4Source = nf4_without_cache,
 ) -> HuggingFaceModel:
     """Loads a base through transformers, and verifies on a few tokens that its logits equal those of transformers.
 
@@ -59,6 +64,7 @@ def load_hf(
         dtype: bfloat16 or float32, whatever the files contain.
         quantization: Of the linears other than the head; everything else stays in `dtype`.
         threads: Number of CPU threads, for the whole process; None: unchanged.
+        nf4_source: Returns a module's weight in NF4, from a cache or quantized.
 
     Raises:
         BaseUnusable: transformers can't load it, or it does not work with a paged cache or mixed batches.
@@ -76,7 +82,7 @@ def load_hf(
             loaded = HuggingFaceModel(model, ops)
             _verify(loaded, expected)
             if quantization != "none":
-                loaded.quantize(quantization)
+                loaded.quantize(quantization, nf4_source)
     except BaseUnusable as error:
         raise BaseUnusable(f"{folder} can't be served through transformers: {error.message}") from error
     except SetupError:
@@ -208,13 +214,15 @@ class HuggingFaceModel:
         head = module is self._model.get_output_embeddings()
         return Site(weight.shape[1], (name,), (weight.shape[0],), head=head)
 
-    def quantize(self, kind: Literal["int8", "nf4"]) -> None:
+    def quantize(self, kind: Literal["int8", "nf4"], nf4_source: Nf4Source) -> None:
         """Quantizes the weights of all linears that adapters can target except the head, and frees the originals."""
         for index, site in enumerate(self.sites):
             name = site.modules[0]
             module = self._model.get_submodule(name)
             if not site.lookup and module is not self._model.get_output_embeddings():
-                packed = _packed(self._weights[name](), self._ops, kind)
+                read = self._weights[name]
+                rounded = unpack_nf4(nf4_source(name, read)) if kind == "nf4" else quantize(read(), kind)
+                packed = _packed(rounded, module.weight.dtype, self._ops)
                 self._weights[name] = partial(self._ops.embed, torch.arange(packed.d_out), packed)
                 adapt_linear(module, partial(_quantized_linear, packed, self._ops), module.bias, index, self._ops)
                 module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
@@ -228,11 +236,10 @@ def _quantized_linear(weight: Weight, ops: Backend, x: torch.Tensor) -> torch.Te
     return ops.linear(x, weight)
 
 
-def _packed(weight: torch.Tensor, ops: Backend, quantization: Literal["int8", "nf4"]) -> Weight:
-    rounded = quantize(weight, quantization)
+def _packed(rounded: Quantized | torch.Tensor, dtype: torch.dtype, ops: Backend) -> Weight:
     if isinstance(rounded, Quantized):
-        return ops.pack_quantized(rounded, weight.dtype)
-    return ops.pack(rounded.to(weight.dtype))
+        return ops.pack_quantized(rounded, dtype)
+    return ops.pack(rounded.to(dtype))
 
 
 def _adaptable(module: nn.Module) -> bool:

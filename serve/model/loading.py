@@ -5,15 +5,25 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loramill.errors import BaseUnusable, SetupError
+from loramill.gpus import fp8_problem
 from loramill.kernels import Backend, Quantized, Site, Weight, backend
 from loramill.kernels.layers import Layer, Linear, Stack
-from loramill.kernels.quantization import Quantization, concatenate, quantize
+from loramill.kernels.quantization import (
+    Nf4Source,
+    ServedQuantization,
+    concatenate,
+    nf4_without_cache,
+    quantize,
+    unpack_nf4,
+)
 from loramill.serve.model.config import DecoderConfig, read_config
 from loramill.serve.model.decoder import Decoder, DecoderWeights
 from loramill.serve.model.graphs import GraphedDecoder
@@ -24,6 +34,8 @@ _PIECE = 4 << 20
 #: Tensors in old checkpoints that are not needed.
 _IGNORED = ("rotary_emb.inv_freq",)
 
+#: Reads a linear by name, d_out and d_in.
+_ReadLinear = Callable[[str, int, int], Quantized | torch.Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +44,10 @@ def load_model(
     folder: Path,
     *,
     dtype: torch.dtype,
-    quantization: Quantization = "none",
+    quantization: ServedQuantization = "none",
     threads: int | None = None,
     device: str = "cpu",
+    nf4_source: Nf4Source = nf4_without_cache,
 ) -> Model:
     """Loads any base: as a decoder if that supports the architecture, else through transformers, which is slower.
 
@@ -46,22 +59,27 @@ def load_model(
         quantization: Of the layers' linears; embedding, head and norms stay in `dtype`.
         threads: Number of CPU threads, for the whole process; None: unchanged.
         device: "cpu" or "cuda", for weights and steps.
+        nf4_source: Returns a module's weight in NF4 on the device, from a cache or quantized.
 
     Raises:
         BaseUnusable: Neither can serve it.
-        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU.
+        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU, or one without float8.
     """
     try:
         read_config(folder)
     except BaseUnusable as reason:
         if device != "cpu":
             raise BaseUnusable(f"{reason.message} Bases loaded through transformers run on the CPU alone.") from reason
+        if quantization == "fp8":
+            raise SetupError(fp8_problem(None, (0, 0)) or "") from reason
         from loramill.serve.model.hf import load_hf
 
-        loaded = load_hf(folder, dtype=dtype, quantization=quantization, threads=threads)
+        loaded = load_hf(folder, dtype=dtype, quantization=quantization, threads=threads, nf4_source=nf4_source)
         log.info("base loaded through transformers: %s", reason.message)
         return loaded
-    decoder = load_decoder(folder, dtype=dtype, quantization=quantization, threads=threads, device=device)
+    decoder = load_decoder(
+        folder, dtype=dtype, quantization=quantization, threads=threads, device=device, nf4_source=nf4_source
+    )
     log.info("base loaded by the decoder: %s", folder)
     return GraphedDecoder(decoder) if device == "cuda" and backend(device).name == "triton" else decoder
 
@@ -70,9 +88,10 @@ def load_decoder(
     folder: Path,
     *,
     dtype: torch.dtype,
-    quantization: Quantization = "none",
+    quantization: ServedQuantization = "none",
     threads: int | None = None,
     device: str = "cpu",
+    nf4_source: Nf4Source = nf4_without_cache,
 ) -> Decoder:
     """Loads a base of a family that the decoder supports, in little more memory than it needs afterwards.
 
@@ -82,13 +101,16 @@ def load_decoder(
         quantization: Of the layers' linears; embedding, head and norms stay in `dtype`, as in transformers.
         threads: Number of CPU threads, for the whole process; None: unchanged.
         device: "cpu" or "cuda", for weights and steps.
+        nf4_source: Returns a module's weight in NF4 on the device, from a cache or quantized.
 
     Raises:
         BaseUnusable: Files are missing or broken, or the decoder lacks a feature of the architecture.
-        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU.
+        SetupError: NF4 was requested, and bitsandbytes isn't installed; or there is no GPU, or one without float8.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("torch finds no CUDA device on this machine; serve on the CPU, or use a machine that has one.")
+    if quantization == "fp8":
+        _check_fp8(device)
     if device == "cuda":
         # cuDNN's attention makes a plan for each new length, 0.4 s during which all streams of the step wait. torch
         # prefers it on Hopper and Blackwell from 2.11 on.
@@ -99,11 +121,25 @@ def load_decoder(
         ops.set_threads(threads)
     try:
         tensors = _Tensors(folder, dtype, device)
-        weights, sites = _build(config, tensors, ops, quantization)
+        read = partial(_read_linear, tensors, quantization, nf4_source)
+        weights, sites = _build(config, tensors, ops, read)
     except (OSError, SafetensorError) as error:
         raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
     tensors.refuse_leftovers()
     return Decoder(config, weights, sites, ops)
+
+
+def _check_fp8(device: str) -> None:
+    """Checks whether a device multiplies matrices in float8.
+
+    Raises:
+        SetupError: It does not.
+    """
+    problem = fp8_problem(None, (0, 0))
+    if device == "cuda":
+        problem = fp8_problem(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    if problem is not None:
+        raise SetupError(problem)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -163,9 +199,21 @@ class _Tensors:
             )
 
 
-def _build(
-    c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization
-) -> tuple[DecoderWeights, list[Site]]:
+def _read_linear(
+    tensors: _Tensors, quantization: ServedQuantization, nf4_source: Nf4Source, name: str, d_out: int, d_in: int
+) -> Quantized | torch.Tensor:
+    """A linear's weight [d_out, d_in], quantized; a weight in NF4 need not be read."""
+    read = partial(tensors.take, f"{name}.weight", d_out, d_in)
+    if quantization == "none":
+        return read()
+    if quantization != "nf4":
+        return quantize(read(), quantization)
+    packed = nf4_source(name, read)
+    tensors.skip(f"{name}.weight")
+    return unpack_nf4(packed)
+
+
+def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear) -> tuple[DecoderWeights, list[Site]]:
     # The largest first: the additional memory for packing them is free again before the layers are loaded.
     embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
     if c.tied:
@@ -174,7 +222,7 @@ def _build(
     sites: list[Site] = []
     layers: list[Layer] = []
     for index in range(c.layers):
-        layers.append(_build_layer(c, tensors, ops, quantization, index, sites))
+        layers.append(_build_layer(c, tensors, ops, read, index, sites))
         _trim_heap()
     norm = tensors.take("model.norm.weight", c.hidden)
     sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
@@ -184,21 +232,21 @@ def _build(
 
 
 def _build_layer(
-    c: DecoderConfig, tensors: _Tensors, ops: Backend, quantization: Quantization, index: int, sites: list[Site]
+    c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear, index: int, sites: list[Site]
 ) -> Layer:
     prefix = f"model.layers.{index}"
 
     def fuse(parent: str, d_in: int, widths: dict[str, int]) -> Linear:
         names = [f"{prefix}.{parent}.{part}" for part in widths]
         sites.append(Site(d_in, tuple(names), tuple(widths.values())))
-        weights: list[torch.Tensor] = []
+        weights: list[Quantized | torch.Tensor] = []
         biases: list[torch.Tensor] = []
         for name, (part, width) in zip(names, widths.items(), strict=True):
-            weights.append(tensors.take(f"{name}.weight", width, d_in))
+            weights.append(read(name, width, d_in))
             if part in c.biased:
                 biases.append(tensors.take(f"{name}.bias", width))
         # An architecture has a bias at all parts of a fused linear or at none.
-        packed = _pack(weights, tensors.dtype, ops, quantization)
+        packed = _pack(weights, tensors.dtype, ops)
         return Linear(packed, torch.cat(biases) if biases else None, len(sites) - 1)
 
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -222,12 +270,8 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _pack(weights: list[torch.Tensor], dtype: torch.dtype, ops: Backend, quantization: Quantization) -> Weight:
+def _pack(weights: list[Quantized | torch.Tensor], dtype: torch.dtype, ops: Backend) -> Weight:
     """Fuses the weights of modules that read the same x, one below the other."""
-    if quantization == "none":
-        return ops.pack(torch.cat(weights))
-    parts = [quantize(weight, quantization) for weight in weights]
-    codes = [part for part in parts if isinstance(part, Quantized)]
-    if codes:
+    if codes := [weight for weight in weights if isinstance(weight, Quantized)]:
         return ops.pack_quantized(concatenate(codes), dtype)
-    return ops.pack(torch.cat([part for part in parts if isinstance(part, torch.Tensor)]).to(dtype))
+    return ops.pack(torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)]).to(dtype))

@@ -37,7 +37,7 @@ class EngineDeployment:
         logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache, settings.quantization)
-        self._replica = Replica(base, registry.artifacts.fetch, settings.serve)
+        self._replica = Replica(base, registry.artifacts.fetch, settings.serve, cache=settings.cache)
         self._sender = Sender()
         self._load = LoadWindow(self._replica.expected_tokens_per_second)
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import Conflict, ContextLengthExceeded, InvalidRequest, Unavailable
 from loramill.gpus.process import free_bytes, open_gpu
 from loramill.local.machine import free_memory
-from loramill.models.catalog import Base
+from loramill.models.catalog import Base, nf4_source
 from loramill.serve.engine import (
     AdapterSource,
     Engine,
@@ -81,7 +82,7 @@ def _gpu_limits(gpu: GpuInfo, base: Base, settings: ServeSettings) -> EngineLimi
     return gpu_limits(
         gpu,
         anatomy(read_config(str(base.folder))),
-        base.quantization,
+        settings.served_quantization(base.quantization),
         settings,
         free_bytes=free_bytes(share, torch.device("cuda", torch.cuda.current_device())),
         host_free_bytes=0 if host is None else host.free_bytes,
@@ -95,7 +96,16 @@ class Replica:
         expected_tokens_per_second: speed of the engine under full load, until it is measured.
     """
 
-    def __init__(self, base: Base, source: AdapterSource, settings: ServeSettings) -> None:
+    def __init__(
+        self, base: Base, source: AdapterSource, settings: ServeSettings, *, cache: Path | None = None
+    ) -> None:
+        """
+        Args:
+            base: the base.
+            source: fetches the folder of an adapter's version.
+            settings: of the engine.
+            cache: folder for weights in NF4 (`loramill.models.nf4_cache`); None: each start quantizes them.
+        """
         self._context_length = base.context_length
         self._tokenizer = ChatTokenizer.load(base.folder)
         device = resolve_device(settings)
@@ -105,9 +115,10 @@ class Replica:
         model = load_model(
             base.folder,
             dtype=torch.bfloat16,
-            quantization=base.quantization,
+            quantization=settings.served_quantization(base.quantization),
             threads=settings.threads,
             device=device,
+            nf4_source=nf4_source(base, torch.device(device), cache),
         )
         limits = cpu_limits(settings) if gpu is None else _gpu_limits(gpu, base, settings)
         log.info("engine on %s: %s", gpu or "the CPU", limits)

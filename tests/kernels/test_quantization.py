@@ -26,7 +26,7 @@ def values(rounded: Quantized | torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def by_bitsandbytes(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     data, state = functional.quantize_4bit(weight.bfloat16(), blocksize=64, compress_statistics=True, quant_type="nf4")
     state.dtype = dtype
-    return functional.dequantize_4bit(data, state)
+    return functional.dequantize_4bit(data, state).view(weight.shape)  # which it transposes for two weights
 
 
 @settings(deadline=None, max_examples=40)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).with_name("triton_interpreted.py")
+TESTS = [Path(__file__).with_name(name) for name in ("triton_interpreted.py", "triton_quantized_interpreted.py")]
 WITHOUT = "import sys; sys.modules['triton'] = None; import loramill.kernels, loramill_bench.kernels.cuda"
 
 
@@ -22,7 +22,7 @@ def run(*arguments, **variables):
 
 def test_the_kernels_keep_the_contract_in_the_interpreter():
     pytest.importorskip("triton")
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), TRITON_INTERPRET="1")
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, TESTS), TRITON_INTERPRET="1")
 
 
 def test_without_triton_everything_else_can_be_imported():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from loramill.errors import SettingsInvalid
 from loramill.settings import Settings
 from loramill.settings_origin import effective_settings
 from loramill.types import JobSpec, Limits
@@ -64,3 +65,10 @@ def test_use_gpu_is_a_switch_or_auto(monkeypatch: pytest.MonkeyPatch, text: str,
     settings = Settings.load()
     assert settings.jobs.use_gpu == value and settings.jobs.on_gpu is (value is True)
     assert Settings.model_validate(settings.model_dump(mode="json")).jobs == settings.jobs
+
+
+def test_float8_is_for_a_base_that_is_not_quantized() -> None:
+    assert Settings.load(serve={"quantization": "fp8"}).serve.served_quantization("none") == "fp8"
+    assert Settings.load(quantization="nf4").serve.served_quantization("nf4") == "nf4"
+    with pytest.raises(SettingsInvalid, match=r'serve\.quantization = "fp8" is for .* quantization is "int8"'):
+        Settings.load(quantization="int8", serve={"quantization": "fp8"})

@@ -150,7 +150,7 @@ def train_case(case: Case) -> str:
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     base = find_base(NAME, Settings.load().cache, case.quantization)
-    model = load_for_training(base, getattr(torch, case.dtype), packed=device == "cuda").to(device)
+    model = load_for_training(base, getattr(torch, case.dtype), device=device)
     draw = random.Random(0)
     examples = [
         EncodedExample(

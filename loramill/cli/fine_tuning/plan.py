@@ -114,6 +114,10 @@ def _print_plan(found: JobPlan) -> None:
     print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(memory.bytes), "100%", "")], empty="")
     if memory.host_bytes:
         print_line(f"Additional host memory: {format_bytes(memory.host_bytes)}.")
-    print_line(found.sizing.explanation if found.device_known else "Give --gpu or --cpu to see whether the job fits.")
+    if found.device_known:
+        print_line(found.sizing.explanation)
+    else:
+        device = "a GPU" if found.sizing.pool.device == "cuda" else "a CPU"
+        print_line(f"These are the sizes on {device}. Give --gpu or --cpu to see whether the job fits.")
     if found.engine is not None:
         print_line(found.engine)

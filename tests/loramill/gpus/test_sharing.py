@@ -146,3 +146,18 @@ def test_settings_that_require_a_gpu_are_refused_without_one() -> None:
 def test_one_old_gpu_among_others_can_be_hidden() -> None:
     with pytest.raises(SetupError, match="CUDA_VISIBLE_DEVICES"):
         decide_devices(settings({"device": "cuda"}), (H100, T4), "13.0")
+
+
+@pytest.mark.parametrize("serve", [{}, {"device": "cuda"}])
+def test_engines_in_float8_need_gpus_that_have_it(serve: dict[str, object]) -> None:
+    fp8 = settings({"quantization": "fp8", **serve})
+    for gpu in (L4, H100):
+        assert decide_devices(fp8, (gpu,), "13.0").settings.serve.quantization == "fp8"
+    a10 = H100.model_copy(update={"name": "NVIDIA A10", "capability": (8, 6)})
+    for gpus in ((a10,), (H100, a10)):
+        with pytest.raises(SetupError, match=r"NVIDIA A10 has 8\.6"):
+            decide_devices(fp8, gpus, "13.0")
+    with pytest.raises(SetupError):
+        decide_devices(fp8, (), None)
+    with pytest.raises(SetupError, match="the engine runs on the CPU"):
+        decide_devices(settings({"quantization": "fp8", "device": "cpu"}), (H100,), "13.0")

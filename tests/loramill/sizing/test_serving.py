@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import get_args
+
 import pytest
 
-from loramill.errors import NotEnoughMemory
+from loramill.errors import NotEnoughMemory, SettingsInvalid
 from loramill.gpus import CONTEXT_BYTES
 from loramill.settings import ServeSettings
 from loramill.sizing import anatomy
-from loramill.sizing.anatomy import llama_of
+from loramill.sizing.anatomy import LinearShape, llama_of
 from loramill.sizing.serving import (
     EngineLimits,
     cpu_limits,
@@ -18,7 +21,7 @@ from loramill.sizing.serving import (
     planned_limits,
     served_weight_bytes,
 )
-from loramill.types import GpuInfo, Quantization
+from loramill.types import GpuInfo, Quantization, ServedQuantization
 
 H100 = GpuInfo(name="NVIDIA H100 80GB HBM3", bytes=79 << 30, capability=(9, 0))
 L4 = GpuInfo(name="NVIDIA L4", bytes=22 << 30, capability=(8, 9))
@@ -56,6 +59,29 @@ def test_caches_and_weights_fit_the_engines_share(gpu: GpuInfo, share: float, qu
     assert limits.adapter_bytes >= 84 << 20 and limits.max_waiting == 256
     assert limits.max_batch_tokens == 2048 or budget - weights < 12 << 30
     assert 2**28 <= limits.host_bytes <= HOST // 8
+
+
+@pytest.mark.parametrize(("quantization", "per_weight"), [("none", 2), ("nf4", 0.5625), ("int8", 1), ("fp8", 1)])
+def test_the_bytes_of_a_served_weight(quantization: ServedQuantization, per_weight: float) -> None:
+    weights = sum(linear.weights for linear in LLAMA.linears)
+    outputs = sum(linear.d_out for linear in LLAMA.linears) if per_weight == 1 else 0
+    others = 2 * (LLAMA.parameters - weights)
+    assert served_weight_bytes(LLAMA, quantization) == others + per_weight * weights + 4 * outputs
+
+
+def test_linears_that_have_no_product_in_few_bits_count_as_they_are() -> None:
+    linear = LinearShape("model.layers.0.self_attn.q_proj", 0, 40, 24)
+    odd = dataclasses.replace(LLAMA, linears=(linear,), embedding_weights=0, other_weights=0)
+    sizes = [served_weight_bytes(odd, quantization) for quantization in get_args(ServedQuantization)]
+    assert sizes == [2 * 960, 960 + 4 * 24, 2 * 960, 2 * 960]
+
+
+def test_an_engine_in_float8_is_planned_by_its_settings() -> None:
+    plain, fp8 = (planned_limits(L4, LLAMA, "none", ServeSettings(quantization=q), HOST) for q in (None, "fp8"))
+    assert fp8.kv_tokens * kv_token_bytes(LLAMA) - plain.kv_tokens * kv_token_bytes(LLAMA) > 4 << 30
+    assert fp8.tokens_per_second > 1.3 * plain.tokens_per_second
+    with pytest.raises(SettingsInvalid, match='quantization is "nf4": unset one'):
+        planned_limits(L4, LLAMA, "nf4", ServeSettings(quantization="fp8"), HOST)
 
 
 def test_a_large_gpu_is_used() -> None:

@@ -46,6 +46,26 @@ def test_the_base_is_quantized_as_the_options_method_or_settings_require(setting
     assert base_bytes(settings.model_copy(update={"quantization": "nf4"})) == quantized
 
 
+def test_a_plan_says_how_a_quantized_base_is_kept(settings: Settings) -> None:
+    def described(**options: Any) -> str:
+        items = plan(settings, **options).sizing.memory.items
+        return next(item.description for item in items if item.name == "base").partition(" weights")[2]
+
+    assert described() == described(gpu="80GB") == ""
+    for quantization in ("int8", "nf4"):
+        assert described(quantization=quantization) == "; a CPU keeps the rounded values and the file's"
+    assert described(quantization="nf4", gpu="80GB") == " in nf4"
+    assert described(quantization="int8", gpu="80GB") == ", rounded to int8 and kept in bfloat16"
+
+
+def test_an_engine_in_float8_is_not_planned_for_a_quantized_base(settings: Settings) -> None:
+    fp8 = settings.model_copy(update={"serve": settings.serve.model_copy(update={"quantization": "fp8"})})
+    assert "An engine with 100%" in str(plan(fp8, gpu="80GB").engine)
+    assert 'serve.quantization = "fp8" is for a base that is not quantized' in str(
+        plan(fp8, gpu="80GB", method="qlora").engine
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from loramill.errors import BaseUnusable
+from loramill.errors import BaseUnusable, SetupError
 from loramill.kernels import Batch
 from loramill.kernels.quantization import quantize
-from loramill.serve.model import Chunk, load_decoder
+from loramill.serve.model import Chunk, load_decoder, load_model
 
 from .models import SMALL
 
@@ -108,3 +108,16 @@ def test_only_a_base_on_a_gpu_turns_cudnn_attention_off(tmp_path, monkeypatch):
         with pytest.raises(BaseUnusable):
             load_decoder(tmp_path, dtype=torch.bfloat16, device=device)
         assert changes == expected
+
+
+def test_float8_is_refused_where_it_has_no_products(tmp_path, monkeypatch):
+    with pytest.raises(SetupError, match=r'needs a GPU, and the engine runs on the CPU.*"int8" or "nf4"'):
+        load_model(tmp_path, dtype=torch.bfloat16, quantization="fp8")
+    write_zeros(tmp_path, LlamaConfig(**SMALL), torch.bfloat16)
+    with pytest.raises(SetupError, match="needs a GPU, and the engine runs on the CPU"):
+        load_model(tmp_path, dtype=torch.bfloat16, quantization="fp8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    with pytest.raises(SetupError, match=r'8\.9 \(Ada, Hopper\) or newer, and NVIDIA A10G has 8\.6.*"nf4" or "int8"'):
+        load_model(tmp_path, dtype=torch.bfloat16, quantization="fp8", device="cuda")

@@ -1,0 +1,138 @@
+"""Products with a base's weights on a GPU; quantized ones stay quantized in memory.
+
+A step reads 0.56 bytes per weight in NF4, and 1 in int8 and float8; dequantizing a whole matrix at each call would move
+24.6 and 21. Everything is launched on the current stream without synchronization, and can be captured into a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from loramill.errors import EngineFault, SetupError
+from loramill.kernels import torch_backend
+from loramill.kernels.backend import Codebook, Quantized, Weight
+from loramill.kernels.triton import quantized_kernels
+
+#: Rows for which int8 is multiplied by our kernel; with more, writing the dequantized matrix once (3 bytes per weight)
+#: and multiplying it by cuBLAS takes less time.
+INT8_ROWS = 256
+#: Elements of a row that a program of `quantize_rows` loads at once, with 8 warps.
+FP8_DEPTH = 4096
+
+
+def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
+    """Keeps the codes: those of NF4 two per byte, as bitsandbytes packs them.
+
+    A matrix whose shape a product does not take is stored as its values in `dtype`.
+
+    Raises:
+        EngineFault: The levels are not NF4's.
+        SetupError: It is NF4, and bitsandbytes isn't installed.
+    """
+    if not _fits(matrix):
+        return torch_backend.pack(matrix.values(dtype))
+    codes, levels = matrix.codes, matrix.levels
+    if levels is not None:
+        _check_levels(levels)
+        codes = codes[:, 0::2] << 4 | codes[:, 1::2]
+    codebook = Codebook(levels, matrix.scales.contiguous(), matrix.group)
+    return Weight(codes.contiguous(), dtype, *matrix.codes.shape, codebook=codebook)
+
+
+def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The tokens' rows of the matrix, [rows, d_in]."""
+    codebook = weight.codebook
+    if codebook is None:
+        return F.embedding(tokens, weight.data)
+    codes, scales = weight.data[tokens], codebook.scales[tokens]
+    if codebook.levels is None:
+        return (codes.float() * scales).to(weight.dtype)
+    shape = [len(tokens), weight.d_in]
+    rows: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales, codebook.group, "nf4", shape, weight.dtype
+    )
+    return rows
+
+
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`x @ weight.T`, [rows, d_out]."""
+    codebook = weight.codebook
+    if codebook is None:
+        return F.linear(x, weight.data)
+    if codebook.levels is not None:
+        return _nf4_linear(x, weight, codebook)
+    if weight.data.dtype == torch.int8:
+        return _int8_linear(x, weight, codebook)
+    return _fp8_linear(x, weight, codebook)
+
+
+def _fits(matrix: Quantized) -> bool:
+    """Whether the product of a kind of codes takes a matrix of this shape."""
+    d_out, d_in = matrix.codes.shape
+    if matrix.levels is not None:
+        # bitsandbytes 0.50 (csrc/gemm_4bit*.cu) reads 32 inputs at a time with one scale, writes two outputs at a time,
+        # and counts weights in 32 bits; it takes blocks of these sizes.
+        return matrix.group in (32, 64, 128, 256, 512, 1024, 2048, 4096) and d_out % 2 == 0 and d_out * d_in < 2**31
+    if matrix.codes.dtype == torch.int8:
+        return matrix.scales.shape[1] == 1
+    return matrix.scales.shape[1] == 1 and d_out % 16 == 0 and d_in % 16 == 0
+
+
+def _check_levels(levels: torch.Tensor) -> None:
+    """Checks whether levels are those that bitsandbytes' kernels contain."""
+    try:
+        from bitsandbytes.functional import get_4bit_type
+    except ImportError as error:
+        raise SetupError("A base in NF4 needs bitsandbytes; pip install bitsandbytes, or serve it in fp8.") from error
+    if not torch.equal(levels, get_4bit_type("nf4", device=levels.device)):
+        raise EngineFault("The levels of a matrix in four bits are not those of NF4, which the GPU's kernels contain.")
+
+
+def _nf4_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
+    """bitsandbytes' product: by its own kernels for few rows, which round scales to x's dtype on some GPUs (an error of
+    2^-9 of a weight); with more rows, it dequantizes as for training and calls cuBLAS. The limits depend on the GPU."""
+    shape = [weight.d_out, weight.d_in]
+    y: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, weight.data, shape, codebook.scales, codebook.group, "nf4")
+    return y
+
+
+def _int8_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
+    rows = len(x)
+    if rows > INT8_ROWS:
+        values = torch.empty(weight.data.shape, dtype=x.dtype, device=x.device)
+        return F.linear(x, torch.mul(weight.data, codebook.scales, out=values))
+    y = torch.empty(rows, weight.d_out, dtype=x.dtype, device=x.device)
+    plan = int8_plan(rows, x.element_size())
+    # Tiles of rows are adjacent in the grid, so that they read the same codes at the same time.
+    grid = (triton.cdiv(rows, plan["ROWS"]), triton.cdiv(weight.d_out, plan["COLUMNS"]))
+    quantized_kernels.int8_linear[grid](
+        x, weight.data, codebook.scales, y, rows, weight.d_in, weight.d_out, x.stride(0), **plan
+    )
+    return y
+
+
+def int8_plan(rows: int, itemsize: int) -> dict[str, int]:
+    """Tiles and options of `quantized_kernels.int8_linear` for a number of rows of x with elements of this size.
+
+    One tile of rows up to 64; narrow columns for up to 16 rows, so that a matrix of 4,096 outputs has 128 programs.
+    """
+    if rows <= 16:
+        return {"ROWS": 16, "COLUMNS": 32, "DEPTH": 512 // itemsize, "num_warps": 4, "num_stages": 3}
+    return {
+        "ROWS": 32 if rows <= 32 else 64, "COLUMNS": 64, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _fp8_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
+    """Rounds x to float8 with a scale per row, and multiplies in float8 with sums in float32."""
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    # One launch; torch would need six, about 10 us per linear of a decode step in a graph.
+    quantized_kernels.quantize_rows[len(x),](x, codes, scales, weight.d_in, x.stride(0), DEPTH=FP8_DEPTH, num_warps=8)
+    # Fast accumulation, as in other engines, is exact far beyond the rounding to float8.
+    y: torch.Tensor = torch._scaled_mm(
+        codes, weight.data.T, scales, codebook.scales.T, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return y
