@@ -6,6 +6,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,10 @@ from .llama import tiny_llama, write_base
 
 # The readline that pytest loads exports COLUMNS to the processes of pytest-xdist, where it would fold every table.
 os.environ.pop("COLUMNS", None)
+
+# An example may take any time: on a busy machine one of 16 ms took 570 ms.
+hypothesis.settings.register_profile("loramill", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("loramill")
 
 TESTS = Path(__file__).parent
 #: Markers that tests get by their path or parameter; `make fast` runs the tests that have none of them.

@@ -194,7 +194,7 @@ def serves_canaries_alone(engine: Engine) -> bool:
 def test_a_defect_is_detected(base, monkeypatch: pytest.MonkeyPatch, break_: Callable, complaint: str) -> None:
     break_(monkeypatch)
     with pytest.raises(EngineFault, match=complaint):
-        soak(base, 4.0, lambda line: None, seed=2)
+        soak(base, 30.0, lambda line: None, seed=2)
 
 
 def test_an_error_of_a_client_ends_the_soak(base, monkeypatch: pytest.MonkeyPatch) -> None:

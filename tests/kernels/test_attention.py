@@ -149,7 +149,7 @@ def test_a_window(name, dtype, window):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
 def test_any_steps_of_sequences_that_come_and_go(name, data, dtype, seed):
     heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 2), (6, 2), (7, 1), (15, 1)]))

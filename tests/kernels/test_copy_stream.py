@@ -116,7 +116,7 @@ class Engine:
         self.device.launch("compute", read)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), slots=st.integers(1, 4), lines=st.integers(2, 6))
 def test_a_step_reads_its_adapters_whenever_the_device_runs_it(data, slots, lines):
     engine = Engine(slots=slots, lines=lines)

@@ -83,7 +83,7 @@ def test_adapters_of_another_kind_of_module_are_refused(ops, deltas, message):
         view.slab.pack(deltas)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_some_rows_of_a_batch_keep_their_owners(data):
     from loramill.kernels.adapter import ROWS

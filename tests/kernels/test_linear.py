@@ -20,7 +20,7 @@ def test_any_number_of_rows(ops, dtype, d_out, d_in):
         assert_near(ops.linear(x, packed), x.double() @ weight.double().T, TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), rows=st.integers(1, 40), d_out=st.integers(1, 100), d_in=st.integers(1, 200))
 def test_random_shapes(data, rows, d_out, d_in):
     ops = open_backend(data.draw(st.sampled_from(NATIVE)))

@@ -51,7 +51,7 @@ def test_every_backend_keeps_the_contract(ops, dtype, adapters, site, popularity
         assert torch.equal(got[alone], y[alone])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_batches(data):
     ops = open_backend(data.draw(st.sampled_from([name for name in BACKENDS if name != "reference"])))

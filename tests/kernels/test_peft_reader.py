@@ -269,7 +269,7 @@ def test_other_formats_are_refused_with_how_to_convert_them(tmp_path: Path) -> N
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     targets=st.sets(st.sampled_from([*LINEARS, "lm_head"]), min_size=1),
     rank=st.integers(1, 9),

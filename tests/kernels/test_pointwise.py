@@ -206,7 +206,7 @@ def test_heads_are_normalized_before_they_are_rotated(ops, dtype, shape, offset)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 130),

@@ -29,7 +29,7 @@ def by_bitsandbytes(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return functional.dequantize_4bit(data, state).view(weight.shape)  # which it transposes for two weights
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     d_out=st.integers(1, 70),
     d_in=st.one_of(st.integers(1, 100).map(lambda half: 2 * half), st.sampled_from([64, 128, 192, 576])),

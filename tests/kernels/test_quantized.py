@@ -49,7 +49,7 @@ def test_products_are_those_of_the_rounded_values(ops, dtype, bits, d_out, d_in)
             assert_near(got, x.double() @ matrix.values(dtype).double().T, TOLERANCE[dtype])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), rows=st.integers(1, 40), d_out=st.integers(1, 100), fours=st.integers(1, 50))
 def test_random_shapes(data, rows, d_out, fours):
     ops = open_backend(data.draw(st.sampled_from([name for name in BACKENDS if name != "reference"])))

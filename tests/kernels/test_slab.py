@@ -95,7 +95,7 @@ def packed_one_by_one(sites, deltas, layout, dtype):
     return torch.tensor(data, dtype=torch.uint8), table
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]))
 @pytest.mark.parametrize("lay", [lambda: ROWS, lambda: PANELS, *NATIVE_LAYOUTS], ids=["rows", "panels", *NATIVE])
 def test_modules_packed_together_have_the_bytes_of_modules_packed_alone(lay, data, dtype):
@@ -206,7 +206,7 @@ def test_neighbors_of_one_adapter_are_one_run():
     assert batch.segments.tolist() == [[one.index, 3, 6], [two.index, 6, 10], [two.index, 11, 12]]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data(), slots=st.integers(1, 6), size=st.integers(0, 40).map(lambda n: 64 * n))
 def test_invariants_hold_for_any_operations(data, slots, size):
     slab = new_slab(slots=slots, size=size)

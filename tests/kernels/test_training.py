@@ -207,7 +207,7 @@ def test_gradients_are_those_of_separate_peft_runs_of_a_llama():
 # Against autograd of plain rows, and finite differences
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     counts=st.lists(st.tuples(st.sampled_from([None, *SLOTS]), st.integers(0, 5)), min_size=1, max_size=8),
     ranks=st.lists(st.integers(1, 9), min_size=6, max_size=6),

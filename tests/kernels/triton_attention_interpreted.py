@@ -151,7 +151,7 @@ def test_shapes_that_are_not_powers_of_two(group, head_dim, block_size):
     attend(World((70, 5), torch.float32, group=group, head_dim=head_dim, block_size=block_size), [0, 1])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_decodes(data):
     lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))

@@ -176,7 +176,7 @@ def test_every_plan_keeps_the_contract(loaded, monkeypatch, plan):
     check(loaded[torch.float16], owner, torch.float16)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_batch_keeps_the_contract(loaded, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
@@ -364,7 +364,6 @@ def test_wrong_tensors_and_slabs_are_errors(loaded):
             lora(x, y, other.views[0], Batch.of([(slot, 2)]))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 70), st.integers(0, 256))),
     st.sampled_from([1, 16, 64]),
@@ -390,7 +389,6 @@ def test_tiles_cover_live_rows_and_ranks_once_and_nothing_else(runs, rows, ranks
     assert covered == expected
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 40_000), st.sampled_from([2, 4]), st.sampled_from([plan for _, _, plan in plans.TABLE]),
     st.integers(1, 10_000),

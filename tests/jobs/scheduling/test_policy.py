@@ -154,7 +154,7 @@ def pools(draw: st.DrawFn) -> PoolState:
     return PoolState(size, tuple(held), tuple(at_work), tuple(waiting))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(pools())
 def test_actions_fit_the_pool_and_preempt_the_least_important(pool: PoolState) -> None:
     actions = decide(pool)
@@ -184,7 +184,7 @@ def test_actions_fit_the_pool_and_preempt_the_least_important(pool: PoolState) -
         assert not actions
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pools())
 def test_a_job_above_all_running_priorities_starts_eventually(pool: PoolState) -> None:
     assume(pool.waiting and all(job.priority < pool.waiting[0].priority for job in pool.running))

@@ -27,7 +27,7 @@ def change_of(rows: int, columns: int, rank: int | None = None, seed: int = 0) -
     return torch.randn(rows, rank, generator=draw) @ torch.randn(rank, columns, generator=draw)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50), st.integers(0, 99))
 def test_no_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: int, seed: int) -> None:
     """Eckart and Young: the error of the truncated SVD is the smallest possible."""

@@ -93,7 +93,7 @@ def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
         parameter.data.copy_(first.get_parameter(name))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), weighed=st.booleans())
 def test_packed_padded_and_single_examples_have_the_same_loss(seed: int, count: int, weighed: bool) -> None:
     """To 1e-4 in fp32, also the gradient: no example attends to its neighbors in a row."""

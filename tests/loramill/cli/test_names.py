@@ -112,7 +112,10 @@ def test_digits_of_several_jobs_are_refused_and_other_tenants_jobs_do_not_count(
         assert client.jobs.get("ftjob-abcdef").id == mine
 
 
-def test_a_shell_completes_commands_and_what_the_gateway_lists(gateway: RunningGateway, tenant: str) -> None:
+def test_a_shell_completes_commands_and_what_the_gateway_lists(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramill.cli.complete._TIMEOUT_SECONDS", 60.0)  # a busy machine takes longer than 2 s
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", examples())
     gateway.publish(job.id)

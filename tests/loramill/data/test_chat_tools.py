@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -138,7 +138,6 @@ turns = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(messages=turns, answer=st.booleans())
 def test_the_built_in_base_renders_the_same_as_before_without_tools(messages: list[Message], answer: bool) -> None:
     now, before = hermes(smollm2.TEMPLATE), hermes(OLD)

@@ -397,7 +397,7 @@ messages = st.lists(
 rows = st.builds(json.dumps, values | st.fixed_dictionaries({"messages": messages})).map(str.encode)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     parts=st.lists(st.binary(max_size=20) | rows | st.just(GOOD.encode()), max_size=5),
     end=st.sampled_from([b"\n", b"\r\n"]),

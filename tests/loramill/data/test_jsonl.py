@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.data import jsonl
@@ -22,7 +22,6 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(values), st.booleans(), st.sampled_from(["\n", "\r\n"]))
 def test_lines_are_read_as_they_were_written(items: list[Any], escaped: bool, end: str) -> None:
     raw = "".join(json.dumps(item, ensure_ascii=escaped) + end for item in items).encode()
@@ -80,7 +79,6 @@ def test_a_line_near_the_limit_ends_at_its_line_feed(size: int) -> None:
     assert [number for number, _ in found] == [1, 2] and found[1][1] == b"2"
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=3, max_size=20))
 def test_utf_8_text_is_not_taken_for_another_encoding(text: str) -> None:
     assert detect_kind(f'{{"a": "{text}"}}'.encode()) is None

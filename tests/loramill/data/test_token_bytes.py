@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -62,7 +62,6 @@ def joined(tokens: TokenBytes, ids: list[int]) -> bytes:
     return found
 
 
-@settings(deadline=None)
 @given(text=text)
 @example(text=EMOJI)
 @example(text="  two  spaces\n\n\t12 <|im_end|>")
@@ -70,14 +69,12 @@ def test_bytes_of_the_real_tokenizer_are_its_text(tokenizer: ChatTokenizer, text
     assert joined(tokenizer.token_bytes, tokenizer.encode_text(text)) == text.encode()
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 49151), max_size=60))
 def test_bytes_of_any_tokens_decode_to_their_text(tokenizer: ChatTokenizer, ids: list[int]) -> None:
     assert joined(tokenizer.token_bytes, ids).decode(errors="replace") == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "metaspace"])
-@settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab \u00e9\u65e5\U0001f642\n<0xF>"), max_size=20))
 @example(text=EMOJI)
 @example(text=" a  ab")
@@ -140,7 +137,6 @@ def test_offsets_count_characters(raws: list[bytes | None], expected: list[int])
     assert TextOffsets().next_offset(TokenText("", None, b"abc"), 0) == 0
 
 
-@settings(deadline=None)
 @given(text=text)
 def test_offsets_are_the_texts_before(tokenizer: ChatTokenizer, text: str) -> None:
     ids, offsets = tokenizer.encode_text(text), TextOffsets()

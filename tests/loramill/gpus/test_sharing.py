@@ -68,7 +68,7 @@ def test_the_shares_of_engines_and_sessions(
     assert (decided.jobs.gpu_share, decided.jobs.sessions) == (session, sessions)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @given(
     gpus=st.integers(1, 8),
     fraction=st.none() | st.floats(0.05, 1.0),

@@ -275,7 +275,6 @@ def test_aliases_always_agree_with_their_history(registry):
     quick = settings(
         max_examples=15,
         stateful_step_count=15,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
     )

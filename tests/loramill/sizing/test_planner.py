@@ -289,7 +289,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     st.integers(1, 4),
     st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_plan_fits_and_so_do_the_alternatives_of_a_refusal(job, config, quantization, gib, sharers, cpu) -> None:
     pool = GpuPool("cpu", gib * GIB) if cpu else GpuPool("cuda", gib * GIB, sharers)
     request = SizingRequest(
@@ -313,7 +313,7 @@ GROWTH = ("rank", "max_length", "micro_tokens", "batch_size", "layers", "hidden"
 
 
 @given(jobs(), st.sampled_from(GROWTH), st.integers(1, 500), st.sampled_from(["none", "int8", "nf4"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_more_of_anything_never_needs_less(job, field, more, quantization) -> None:
     grown, config, larger = job, SMALL, SMALL
     if field == "layers":
@@ -333,7 +333,7 @@ def bytes_of(job: JobSpec, config: dict[str, object], quantization: str) -> int:
 
 
 @given(st.integers(1, 16), st.integers(1, 600), st.booleans(), st.integers(0, 40), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_pass_of_a_step_is_larger_than_its_row(size, limit, packing, prefix, data) -> None:
     job = spec(batch_size=size, micro_tokens=limit, packing=packing, max_length=512)
     same = data.draw(st.booleans())

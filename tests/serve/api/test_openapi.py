@@ -276,7 +276,7 @@ def cases(operation: Any, *, systematic: bool) -> Iterator[Any]:
             continue  # nothing can be wrong
 
         @settings(
-            max_examples=DRAWN, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
+            max_examples=DRAWN, derandomize=True, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=operation.as_strategy(mode))

@@ -28,7 +28,7 @@ EVENT = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(config=st.fixed_dictionaries(SMALL), events=st.lists(EVENT, max_size=40), flaky=st.sets(st.integers(0, 8)))
 def test_random_traffic(new_driver, adapters, prompts, expected, config, events, flaky):
     loads = []

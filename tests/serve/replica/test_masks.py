@@ -207,7 +207,7 @@ def sample_answer(
     return None
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     schema,
     st.integers(0, 2**32),

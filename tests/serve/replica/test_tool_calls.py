@@ -88,7 +88,7 @@ def test_text_and_calls_are_the_same_wherever_the_stream_is_cut(name: str) -> No
 PIECES = ["<tool_call>", "</tool_call>", "\n", '{"name": "f", "arguments": {}}', '"', "<", "x", call("g", y="<"), "\\"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.data())
 def test_any_answer_is_the_same_wherever_it_is_cut(answer: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=6)))

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.data.examples import read_examples
@@ -386,7 +386,6 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@settings(deadline=None)
 @given(rows=st.lists(st.fixed_dictionaries({"prompt": text, "completion": text}), min_size=1, max_size=5))
 def test_no_format_loses_anything(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, rows: list[dict[str, str]]
@@ -398,7 +397,6 @@ def test_no_format_loses_anything(
         raise AssertionError(rows) from error
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".csv.gz"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
     path = tmp_path_factory.mktemp("any") / f"x{suffix}"

@@ -188,7 +188,7 @@ def test_concurrent_leases_respect_the_quota(registry, submit, monkeypatch):
 WEIGHTS = st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=2, max_size=5)
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
 @given(weights=WEIGHTS, seed=st.integers(0, 2**32))
 def test_tokens_follow_the_weights(tmp_path_factory, weights, seed):
     """Jobs of any size on four workers, some of which vanish, fail, or are preempted half-way."""

@@ -81,7 +81,7 @@ class _Row:
         self.attempt = self.returned = self.step = 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.integers(1, 6))
 def test_a_job_fails_only_if_it_makes_no_progress(steps, max_attempts):
     with pytest.MonkeyPatch.context() as patch:

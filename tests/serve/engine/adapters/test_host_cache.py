@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.kernels import PackedAdapter
@@ -91,7 +91,6 @@ def test_an_adapter_is_in_one_block_and_takes_the_place_of_the_oldest_in_any(mon
         assert found.data.eq(4 if version == "d" else ord(version)).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.booleans()), max_size=40))
 def test_an_adapter_is_cached_whole_or_not_at_all(events):
     cache = HostCache(64 * 64)

@@ -96,7 +96,7 @@ def test_a_failed_fetch_frees_the_slot_and_may_be_retried():
         residency.check_integrity({"a": 1, "b": 1}, {"a": 1})
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     slots=st.integers(1, 3),
     patience=st.integers(1, 5),

@@ -62,7 +62,7 @@ GREEDY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(st.lists(st.tuples(GREEDY, st.booleans()), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_greedy_tokens_are_the_hosts_under_all_changes(rows, seed):
     generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
@@ -120,7 +120,7 @@ def test_tokens_are_as_frequent_as_in_the_distribution(knobs):
     assert_drawn_from(oracle(LOGITS, **knobs), drawn(LOGITS, 2000, **{"temperature": 1.0, **knobs}))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     vocabulary=st.integers(2, 700),
     spread=st.sampled_from([0.0, 0.1, 1.0, 4.0]),
@@ -134,7 +134,7 @@ def test_any_distribution_is_drawn_from(vocabulary, spread, **knobs):
     assert_drawn_from(naive(logits, **knobs), drawn(logits, 500, **knobs))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.integers(1, 600), st.sampled_from([1, 3, 40]), st.floats(0.0, 1.2), st.booleans(), st.integers(0, 999))
 def test_the_best_tokens_are_those_of_a_sort(vocabulary, levels, fraction, counts, seed):
     draw = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_the_best_tokens_are_those_of_a_sort(vocabulary, levels, fraction, count
         assert {token for token in kept[row].nonzero().flatten().tolist() if amounts[row, token]} == due
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.integers(1, 1030), st.floats(0.0, 1.0, exclude_max=True), st.floats(0.0, 1.0), st.integers(0, 999))
 def test_a_token_is_where_the_cumulated_weights_pass_the_number(vocabulary, number, zeros, seed):
     draw = np.random.default_rng(seed)

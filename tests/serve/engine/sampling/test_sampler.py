@@ -39,7 +39,7 @@ def without_t(knobs):
     return {name: value for name, value in knobs.items() if name != "temperature"}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     vocabulary=st.integers(2, 700),
     spread=st.sampled_from([0.0, 0.1, 1.0, 4.0]),
@@ -156,7 +156,7 @@ def test_an_answer_resumes_unchanged_after_a_preemption():
     assert whole == answer
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     prompt=st.lists(st.integers(0, 29), min_size=1, max_size=40),
     penalty=st.floats(0.3, 3.0),
@@ -176,7 +176,7 @@ def test_the_repetition_penalty_is_that_of_transformers(prompt, penalty, seed):
         known.append(token)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     presence=st.floats(-2.0, 2.0),
     frequency=st.floats(-2.0, 2.0),

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
@@ -66,7 +66,6 @@ def test_the_first_block_of_a_key_is_shared():
     pool.check_integrity({})
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=40))
 def test_no_block_is_lost_or_allocated_twice(count, events):
     pool = BlockPool(count)

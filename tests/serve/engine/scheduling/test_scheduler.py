@@ -233,7 +233,7 @@ def test_the_rank_budget_holds_and_no_sequence_starves():
         run(s)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     blocks=st.integers(4, 14),
     block_size=st.integers(1, 5),
