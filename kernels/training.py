@@ -107,8 +107,8 @@ def grouped_lora(
         _check_adapter(slot, adapter, dense)
         dropped = round(adapter.dropout * DROPOUT_STEPS)
         scale = adapter.scale / (1 - dropped / DROPOUT_STEPS)
-        parts.append(_Part(tuple(own), scale, dropped, adapter.seed, adapter.cast))
-        weights += (adapter.a, adapter.b)
+        parts.append(_Part(tuple(own), scale, dropped, adapter.seed))
+        weights += (adapter.a, adapter.b, *(adapter.cast or (adapter.a, adapter.b)))
     y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
     return y
 
@@ -123,14 +123,12 @@ class _Part:
             as a factor.
         dropped: The dropout probability in units of 1 / DROPOUT_STEPS.
         seed: Of the dropout.
-        cast: The adapter's.
     """
 
     rows: tuple[slice, ...]
     scale: float
     dropped: int
     seed: int
-    cast: tuple[torch.Tensor, torch.Tensor] | None
 
     def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Its rows of `whole`, in order; a view if possible."""
@@ -176,12 +174,11 @@ class _GroupedLora(torch.autograd.Function):
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         # The base is not a saved tensor: hooks on those (offloading) would copy it for every linear and step.
-        ctx.base, ctx.parts, ctx.dtypes = base, parts, [weight.dtype for weight in weights[::2]]
-        saved = [x if any(ctx.needs_input_grad[5::2]) else None]
+        ctx.base, ctx.parts, ctx.dtypes = base, parts, [a.dtype for a in weights[::4]]
+        saved = [x if any(ctx.needs_input_grad[5::4]) else None]
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, dense, bias)
-            for part, *own_weights in zip(parts, weights[::2], weights[1::2], strict=True):
-                a, b = part.cast or own_weights
+            for part, a, b in zip(parts, weights[2::4], weights[3::4], strict=True):
                 own = part.take(x, a.dtype)
                 h = (_masked(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
                 part.add_product(y, h, b.T)
@@ -198,7 +195,7 @@ class _GroupedLora(torch.autograd.Function):
             dx = dy @ _dense(ctx.base) if ctx.needs_input_grad[0] else None
             for i, part in enumerate(ctx.parts):
                 a, b, h = saved[3 * i : 3 * i + 3]
-                needs_a, needs_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+                needs_a, needs_b = ctx.needs_input_grad[5 + 4 * i : 7 + 4 * i]
                 own = part.take(dy, b.dtype)
                 da = db = None
                 if needs_b:
@@ -212,7 +209,7 @@ class _GroupedLora(torch.autograd.Function):
                         part.add_product(dx, dh, a)
                     elif dx is not None:
                         part.add(dx, dh @ a * kept)
-                grads += (da, db)
+                grads += (da, db, None, None)
         return (dx, None, None, None, None, *grads)
 
 

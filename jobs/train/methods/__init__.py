@@ -45,6 +45,8 @@ def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Itera
     """
     targets = find_target_modules(model, spec)
     layers = _layers(model, targets, spec, folder)
+    for layer in layers.values():
+        layer.shares_casts = not spec.gradient_checkpointing
     with insert_layers(model, layers, targets):
         yield _adapted_model(model, layers, spec)
 
