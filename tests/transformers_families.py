@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -16,21 +18,23 @@ FAMILIES = {
 }
 
 
-def tiny_family(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A frozen model of two layers with random norms; the first layer of Gemma and Mistral has a sliding window."""
-    config = AutoConfig.for_model(
-        FAMILIES[family],
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        sliding_window=64,
-        pad_token_id=0,
-    )
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "sliding_window": 64,
+    "pad_token_id": 0,
+}
+
+
+def tiny_family(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A frozen model of SIZES with `changes` and random norms."""
+    config = AutoConfig.for_model(FAMILIES[family], **SIZES | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

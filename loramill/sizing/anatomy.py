@@ -70,6 +70,7 @@ class Anatomy:
         embedding_weights: weights of the embedding and, if it is not tied to that, of the head.
         other_weights: all other weights: norms and biases.
         llama_like: whether the layers are like Llama's (RMS norms, rotary positions, a gated MLP).
+        head_norms: whether the queries and keys of each head are normalized.
     """
 
     architecture: str
@@ -85,6 +86,7 @@ class Anatomy:
     embedding_weights: int
     other_weights: int
     llama_like: bool
+    head_norms: bool = False
 
     @property
     def parameters(self) -> int:
@@ -236,6 +238,7 @@ def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
         embedding_weights=vocabulary * hidden * (1 if tied else 2),
         other_weights=layers * (biases + norms) + hidden,
         llama_like=True,
+        head_norms=architecture == "Qwen3ForCausalLM",
     )
 
 

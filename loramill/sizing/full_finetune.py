@@ -52,8 +52,8 @@ def estimate_full(spec: JobSpec, base: Anatomy, row: MemoryRow, device: Device) 
 
 
 def _everything(base: Anatomy, device: Device) -> TrainedElements:
-    """All weights: each linear saves its input, each norm its output and, on a CPU, its input in fp32."""
-    kept = (2 + 2 + 2 * (device == "cpu")) * base.hidden + base.intermediate
+    """All weights: each linear saves its input, and each norm of transformers its output and its input in fp32."""
+    kept = (2 + 2 + 2 * (device == "cpu" or base.llama_like)) * base.hidden + base.intermediate
     return TrainedElements(
         weights=base.parameters,
         frozen=0,

@@ -273,8 +273,8 @@ def scratch(
     attention = _flash_gradients(base, b) if needs_no_mask(base, device, b) else 0
     if _eager(row, device):
         attention = 2 * b * base.heads * row.width
-    # Attention's tensors are allocated after those of the MLP, and the ones it saved, are freed.
-    passing = row.tokens * max(mlp, attention - 4 * b * base.intermediate)
+    # Attention's tensors are allocated after those of the MLP, the ones it saved and its product are freed.
+    passing = row.tokens * max(mlp, attention - (_gated(base, device) + 1) * b * base.intermediate)
     if spec.gradient_checkpointing:
         passing += one_layer(base, trained, row, device, b)
     if device == "cuda" and quantization == "nf4":
@@ -295,13 +295,13 @@ def _cast(trained: TrainedElements, b: int) -> int:
 
 
 def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
-    """Bytes per token that a layer of the base saves: two norms, attention, and the gated MLP.
+    """Bytes per token that a layer of the base saves: its norms, attention, and the gated MLP.
 
-    A norm saves its input: `jobs.train.ops.norm` in the base's dtype, transformers in fp32. A fused kernel saves
-    queries, keys and values of all heads, its output, and one sum per head; one that takes fewer heads of keys and
-    values saves those. The plain products of
-    `jobs.train.ops.attention` save keys and values once, and the attention weights; those of transformers save the
-    weights in fp32 too. The output of attention is also saved if it is the input of an adapted linear.
+    A norm saves its input: `jobs.train.ops` in the base's dtype, transformers in fp32. A fused kernel of attention
+    saves queries, keys and values of all heads, its output, and one sum per head; one that takes fewer heads of keys
+    and values saves those. The plain products of `jobs.train.ops.attention` save keys and values once, and the
+    attention weights; those of transformers save the weights in fp32 too. The output of attention is also saved if it
+    is the input of an adapted linear.
     """
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
     if needs_no_mask(base, device, b):
@@ -314,8 +314,13 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
         attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
     if attended and _eager(row, device):
         attention += b * q
-    norms = 2 * base.hidden * (b if device == "cpu" and base.llama_like else 4)
-    return norms + attention + 3 * b * base.intermediate
+    normalized = 2 * base.hidden + (q + kv) * base.head_norms
+    return normalized * (b if base.llama_like else 4) + attention + _gated(base, device) * b * base.intermediate
+
+
+def _gated(base: Anatomy, device: Device) -> int:
+    """How many of the two factors of the MLP's product and the activated one are saved: a GPU activates it again."""
+    return 2 if device == "cuda" and base.llama_like else 3
 
 
 def _eager(row: MemoryRow, device: Device) -> bool:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import random
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from loramill.data.encoding import EncodedExample
+from loramill.jobs.train import forward
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.jobs.train.loop import TrainContext, train
+from loramill.jobs.train.methods import attach_adapter
+from loramill.jobs.train.ops.attention import VARLEN_NAMES
+from loramill.jobs.train.ops.layers import fused_forwards
+from loramill.kernels import varlen
 from loramill.sizing import anatomy
-from loramill.sizing.memory import estimate, largest_row
+from loramill.sizing.memory import MemoryRow, activations, estimate, largest_row
+from loramill.sizing.targets import trained_elements
 from loramill.types import JobSpec
 from loramill_bench.training.memory import CPU_ERROR, Case, measure_peak, predict
+
+from ...transformers_families import tiny_family
 
 LENGTH, SUPERVISED = 64, 0.25
 
@@ -80,6 +90,53 @@ def test_torch_allocates_the_predicted_size(config: LlamaConfig, options: dict[s
     # checkpoint is written only at the end.
     visible = sum(size for name, size in sizes.items() if name not in ("framework", "fragments", "base", "checkpoint"))
     assert visible == pytest.approx(peak(profiled), rel=0.06)
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": ("q_proj", "v_proj")}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_a_gpu_saves_the_predicted_tensors_of_a_layer(
+    family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model computes on the CPU as on a GPU, but kernels leave their outputs as they are allocated."""
+    pytest.importorskip("triton")
+    from loramill.jobs.train.ops import fused
+
+    monkeypatch.setattr(fused, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(forward, "layer_forwards", lambda model, _: fused_forwards(model))
+    monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
+    monkeypatch.setattr(varlen, "forward", lambda q, *_, **__: (torch.empty_like(q), torch.empty(q.shape[1], len(q))))
+    spec = JobSpec.model_validate(
+        {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 1} | options
+    )
+    examples = [EncodedExample(tuple(range(LENGTH)), LENGTH - 1)]
+    row = MemoryRow(tokens=LENGTH, width=LENGTH, supervised_tokens=1, step_tokens=LENGTH, eager=False)
+    saved, predicted = [], []
+    for layers in (2, 3):
+        model = tiny_family(family, torch.bfloat16, num_hidden_layers=layers, vocab_size=LENGTH)
+        with (
+            attach_adapter(model, spec, Path()),
+            configured_forward(model, LENGTH, checkpointing=spec.gradient_checkpointing),
+        ):
+            saved.append(saved_bytes(model, examples))
+        base = anatomy(model.config.to_dict() | {"architectures": [type(model).__name__]})
+        predicted.append(activations(spec, base, trained_elements(spec, base), row, "cuda").bytes)
+    assert saved[1] - saved[0] == pytest.approx(predicted[1] - predicted[0], rel=0.01)
+
+
+def saved_bytes(model: PreTrainedModel, examples: list[EncodedExample]) -> int:
+    """Bytes that a pass saves for its backward pass, each tensor once and without parameters."""
+    kept: dict[int, torch.UntypedStorage] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = loss_and_accuracy(model, model, examples, 1.0, packing=True)
+    assert result[0].requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def peak(profiled: profile) -> int:
