@@ -6,6 +6,7 @@ from loramill.kernels.torch_backend import pack as pack
 from loramill.kernels.torch_backend import set_threads as set_threads
 from loramill.kernels.triton.attention import StaticPages as StaticPages
 from loramill.kernels.triton.attention import attention as attention
+from loramill.kernels.triton.compilation import parallel_compilation as parallel_compilation
 from loramill.kernels.triton.decoder_ops import add_rms_norm as add_rms_norm
 from loramill.kernels.triton.decoder_ops import gated_activation as gated_activation
 from loramill.kernels.triton.decoder_ops import rms_norm as rms_norm

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, ModelNotFound, NotFound
 from loramill.names import SHORT_HASH_LENGTH, AdapterName, is_version
 from loramill.registry import tenants
-from loramill.registry.database.tables import AdapterRow, AliasChangeRow, AliasRow, VersionRow
+from loramill.registry.database.tables import AdapterRow, AliasChangeRow, AliasRow, JobRow, VersionRow
 from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
 
 
@@ -79,6 +79,19 @@ def list_versions(session: Session, name: AdapterName | str) -> list[VersionReco
     """Returns the versions of an adapter, newest first."""
     statement = select(VersionRow).where(VersionRow.adapter == str(name)).order_by(VersionRow.created_at.desc())
     return [VersionRecord.model_validate(row) for row in session.scalars(statement)]
+
+
+def champion_ranks(session: Session, base: str) -> tuple[int, ...]:
+    """Returns the ranks of the jobs that trained the champions of a base, given its fingerprint, in ascending order."""
+    rank = JobRow.spec["rank"].as_integer()
+    statement = (
+        select(rank)
+        .join(VersionRow, VersionRow.job == JobRow.id)
+        .join(AliasRow, and_(AliasRow.adapter == VersionRow.adapter, AliasRow.version == VersionRow.id))
+        .where(AliasRow.alias == Alias.CHAMPION, VersionRow.base == base)
+        .distinct()
+    )
+    return tuple(sorted(found for found in session.scalars(statement) if found is not None))
 
 
 def resolve(session: Session, name: AdapterName | str, selector: str) -> VersionRecord:

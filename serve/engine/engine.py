@@ -40,7 +40,7 @@ from loramill.serve.engine.types import (
     TokenLogprobs,
 )
 from loramill.serve.engine.validation import answer_limit
-from loramill.serve.engine.warmup import warm_up
+from loramill.serve.engine.warmup import DEFAULT_RANK, warm_up, warm_up_sampling
 from loramill.serve.model import Chunk, Model
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,17 @@ class Engine:
             rank_of=self._adapters.rank,
         )
 
-    def warm_up(self) -> None:
-        """Runs the model's first steps, which are slow, before the first request; to be called before `step`."""
+    def warm_up(self, ranks: Sequence[int] = (DEFAULT_RANK,)) -> None:
+        """Runs the model's first steps, which are slow, before the first request; to be called before `step`.
+
+        Args:
+            ranks: The ranks of adapters to expect, for which a GPU's kernels are compiled and its graphs captured.
+        """
         with self._step_lock:
-            warm_up(self._model, self._cache, self._adapters.slab, self._config)
+            warm_up(self._model, self._cache, self._adapters.slab, self._config, ranks)
+            if self._model.asynchronous:
+                self._device_sampler = DeviceSampler(self._model.vocabulary, self._device)
+                warm_up_sampling(self._device_sampler, self._config.max_sequences, self._model.vocabulary, self._device)
             self._adapters.wait_until_prepared()
 
     def submit(self, request: Request) -> None:
@@ -429,7 +436,7 @@ class Engine:
         self._outputs += (_failed(state, fault) for state in ended)
 
     def _collect_stats(self) -> EngineStats:
-        return self._statistics.snapshot(self._scheduler, self._residency, self._adapters)
+        return self._statistics.snapshot(self._scheduler, self._residency, self._adapters, self._model.failed_captures)
 
 
 def _is_decode(chunk: ScheduledChunk) -> bool:

@@ -42,7 +42,9 @@ class Statistics:
         """Adds the counters of a scheduler and adapters that are about to be replaced."""
         self._totals.update(_counts(scheduler, adapters))
 
-    def snapshot(self, scheduler: Scheduler, residency: Residency, adapters: AdapterManager) -> EngineStats:
+    def snapshot(
+        self, scheduler: Scheduler, residency: Residency, adapters: AdapterManager, failed_captures: int
+    ) -> EngineStats:
         """The state of the engine between two steps, without the pending tokens."""
         totals, current = self._totals, _counts(scheduler, adapters)
         return EngineStats(
@@ -63,6 +65,7 @@ class Statistics:
             loads=totals["loads"] + current["loads"],
             load_failures=totals["load_failures"] + current["load_failures"],
             evictions=totals["evictions"] + current["evictions"],
+            failed_captures=failed_captures,
             queue_times=self._queue_times.durations,
             step_times=self._step_times.durations,
             load_times=self.load_times.durations,

@@ -185,6 +185,7 @@ class EngineStats:
         loads: Number of versions loaded.
         load_failures: Number of versions that could not be loaded.
         evictions: Number of versions that lost their slots.
+        failed_captures: Number of CUDA graphs that could not be captured; steps of their sizes run without one.
         queue_times: Of answers, from submission until they first ran.
         step_times: Of steps that ran the model.
         load_times: Of adapters, from getting a slot until they were ready.
@@ -208,6 +209,7 @@ class EngineStats:
     loads: int = 0
     load_failures: int = 0
     evictions: int = 0
+    failed_captures: int = 0
     queue_times: Durations = field(default_factory=Durations)
     step_times: Durations = field(default_factory=Durations)
     load_times: Durations = field(default_factory=Durations)

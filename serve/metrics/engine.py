@@ -36,6 +36,11 @@ _COUNTERS = {
         ("loads", "adapter_loads", "Adapters that were loaded into a slot."),
         ("load_failures", "adapter_load_failures", "Adapters that failed to load."),
         ("evictions", "adapter_evictions", "Adapters that lost their slot to another."),
+        (
+            "failed_captures",
+            "graph_capture_failures",
+            "Sizes of decode steps without a CUDA graph: its capture failed.",
+        ),
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,15 @@ class Decoder:
         """See `Model.merged_norms`."""
         weight, start, _ = self._targets[module]
         return self._norms(lambda rows: self._backend.embed(rows + start, weight), a, b, scale)
+
+    def prepare(self, run_steps: Callable[[], None]) -> None:
+        """See `Model.prepare`."""
+        run_steps()
+
+    @property
+    def failed_captures(self) -> int:
+        """See `Model.failed_captures`."""
+        return 0
 
     @property
     def asynchronous(self) -> bool:

@@ -6,10 +6,12 @@ values of each. A step uses the smallest graph that it fits; unused rows write t
 
 from __future__ import annotations
 
+import logging
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,8 +19,11 @@ import torch
 
 from loramill.kernels import Batch, LayerKV, Pages, Site, Slab
 from loramill.kernels.adapter import RANK
+from loramill.kernels.device import device_works, free_cached_memory
 from loramill.serve.model.decoder import Decoder
 from loramill.serve.model.protocol import Chunk
+
+log = logging.getLogger(__name__)
 
 #: Numbers of rows of the graphs.
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -58,33 +63,36 @@ class GraphBuffers(Protocol):
     def StaticPages(self) -> Callable[..., GraphPages]:  # noqa: N802
         """Constructor of a paging: (rows=, blocks=, block_size=, scratch=, device=)."""
 
+    def parallel_compilation(self) -> AbstractContextManager[None]:
+        """Within, launches of kernels start their compilation in other threads; at the end they are compiled."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A captured step with a fixed number of rows.
+    """A step with a fixed number of rows.
 
     Attributes:
-        x: [rows, hidden]: the embedded tokens; a replay overwrites them.
+        x: [rows, hidden]: the embedded tokens; a run overwrites them.
         pages: The paging.
         plan: The adapters; None for a graph without adapters.
-        replay: Returns the hidden states [rows, hidden], always in the same memory.
+        run: Returns the hidden states [rows, hidden]; once captured, always in the same memory.
     """
 
     x: torch.Tensor
     pages: GraphPages
     plan: GraphPlan | None
-    replay: Callable[[], torch.Tensor]
+    run: Callable[[], torch.Tensor]
 
 
 class GraphedDecoder:
     """A decoder on a GPU whose decode steps are replayed from graphs; implements `Model`.
 
-    Steps with tokens of a prompt, with more rows or with larger ranks than any graph run without a graph. A graph is
-    captured when the first step needs it, which takes as long as several steps, and is valid for one cache and one
-    slab: with another cache or slab, all graphs are dropped.
+    Steps with tokens of a prompt, with more rows or with larger ranks than any graph run without a graph; so do those
+    whose graph can't be captured. A graph is captured when the first step needs it, which takes as long as several
+    steps, and is valid for one cache and one slab: with another cache or slab, all graphs are dropped.
 
     Attributes:
-        vocabulary, context_length, dtype, sites: See `Model`.
+        vocabulary, context_length, dtype, sites, failed_captures: See `Model`.
     """
 
     def __init__(
@@ -116,7 +124,10 @@ class GraphedDecoder:
         self._rows, self._ranks = tuple(rows), tuple(ranks)
         self._capture = capture or CudaCapture()
         self._buffers = buffers
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        # None: it can't be captured.
+        self._graphs: dict[tuple[int, int], _Graph | None] = {}
+        self.failed_captures = 0
+        self._compiling = False
         self._owners: tuple[Sequence[LayerKV], Slab] | None = None
         # The largest rank in each slot, and the slab and its number of changes for which they were computed.
         self._slot_ranks = np.zeros(0, np.int64)
@@ -140,6 +151,16 @@ class GraphedDecoder:
         """See `Model.merged_norms`."""
         return self._decoder.merged_norms(module, a, b, scale)
 
+    def prepare(self, run_steps: Callable[[], None]) -> None:
+        """See `Model.prepare`: kernels are compiled in parallel, then graphs are captured."""
+        with self._buffers.parallel_compilation():
+            self._compiling = True
+            try:
+                run_steps()
+            finally:
+                self._compiling = False
+        run_steps()
+
     @property
     def asynchronous(self) -> bool:
         """See `Model.asynchronous`."""
@@ -156,20 +177,16 @@ class GraphedDecoder:
     ) -> torch.Tensor:
         """Runs one step over the chunks' tokens, with a cache from `new_cache`; see `Model.forward`."""
         bucket = self._bucket(chunks, slab, batch)
-        if bucket is None:
+        graph = None if bucket is None else self._graph(*bucket, cache, slab)
+        if graph is None:
             return self._decoder.forward(chunks, cache, slab, batch, tokens)
-        if self._owners is None or self._owners[0] is not cache or self._owners[1] is not slab:
-            self._drop()
-            self._owners = cache, slab
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._record(*bucket, cache, slab)
-        graph, count = self._graphs[bucket], len(chunks)
+        count = len(chunks)
         graph.pages.refresh(self._decoder.pages(chunks, cache))
         if graph.plan is not None:
             graph.plan.refresh(batch)
         # The other rows keep the last replay's values: no row depends on another.
         graph.x[:count] = self._decoder.embed(chunks, slab, batch, tokens)
-        return self._decoder.head(graph.replay()[:count], chunks, slab, batch)
+        return self._decoder.head(graph.run()[:count], chunks, slab, batch)
 
     def _bucket(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> tuple[int, int] | None:
         """Rows and largest rank of the smallest graph that a step fits; None if it fits none."""
@@ -187,7 +204,33 @@ class GraphedDecoder:
             self._slot_ranks = slab.table[..., RANK].max(axis=(0, 2), initial=0)
         return int(self._slot_ranks[batch.segments[:, 0]].max(initial=0))
 
-    def _record(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph:
+    def _graph(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph | None:
+        """The captured graph; None if it can't be captured, or only its kernels are to be compiled."""
+        if self._owners is None or self._owners[0] is not cache or self._owners[1] is not slab:
+            self._drop()
+            self._owners = cache, slab
+        if self._compiling:
+            self._step(rows, rank, cache, slab).run()
+            return None
+        if (rows, rank) not in self._graphs:
+            self._graphs[rows, rank] = self._captured(rows, rank, cache, slab)
+        return self._graphs[rows, rank]
+
+    def _captured(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph | None:
+        device = self._decoder.device
+        try:
+            step = self._step(rows, rank, cache, slab)
+            return replace(step, run=self._capture(step.run))
+        except Exception:
+            if not device_works(device):
+                raise
+            self.failed_captures += 1
+            log.warning("no CUDA graph for decodes of %d rows and rank %d: capture failed", rows, rank, exc_info=True)
+        free_cached_memory(device)
+        return None
+
+    def _step(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph:
+        """A step in buffers of its own, before it is captured."""
         decoder, block_size = self._decoder, cache[0].block_size
         pages = self._buffers.StaticPages(
             rows=rows,
@@ -199,7 +242,7 @@ class GraphedDecoder:
         plan = self._buffers.StaticPlan(slab, rows=rows, rank=rank) if rank else None
         batch = Batch(rows, ()) if plan is None else plan.batch
         x = torch.zeros(rows, decoder.config.hidden, dtype=self.dtype, device=decoder.device)
-        return _Graph(x, pages, plan, self._capture(lambda: decoder.layers(x, cache, pages.pages, slab, batch)))
+        return _Graph(x, pages, plan, lambda: decoder.layers(x, cache, pages.pages, slab, batch))
 
     def _drop(self) -> None:
         self._graphs.clear()
@@ -211,18 +254,24 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all captures: torch has 32 streams, and hands out those of other threads again after as many.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Runs the function once on a side stream, so that its kernels are compiled, and captures it."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads load adapters meanwhile; their calls must not affect the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        try:
+            # Other threads load adapters meanwhile; their calls must not affect the capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            # After an error, `torch.cuda.graph` may leave its own stream as the current one (2.13).
+            torch.cuda.set_stream(current)
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -138,6 +138,15 @@ class HuggingFaceModel:
         """See `Model.merged_norms`."""
         return merged_norms(self._weights[module](), a, b, scale)
 
+    def prepare(self, run_steps: Callable[[], None]) -> None:
+        """See `Model.prepare`."""
+        run_steps()
+
+    @property
+    def failed_captures(self) -> int:
+        """See `Model.failed_captures`."""
+        return 0
+
     @property
     def asynchronous(self) -> bool:
         """See `Model.asynchronous`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,17 @@ class Model(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of activations, and of adapters in a slab that is not int8."""
+
+    def prepare(self, run_steps: Callable[[], None]) -> None:
+        """Runs a model's first steps, so that later ones like them compile and capture nothing.
+
+        Args:
+            run_steps: Calls `forward` for each; may be called more than once.
+        """
+
+    @property
+    def failed_captures(self) -> int:
+        """Number of graphs that could not be captured; steps of their sizes are launched kernel by kernel."""
 
     @property
     def asynchronous(self) -> bool:

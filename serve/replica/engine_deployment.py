@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -13,14 +14,26 @@ from ray import serve
 
 from loramill import logs
 from loramill.errors import LoramillError
-from loramill.models.catalog import find_base
-from loramill.registry import Registry
+from loramill.models.catalog import Base, find_base
+from loramill.registry import Registry, adapters
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.transport.channel import Address, Sender
 from loramill.settings import Settings
 
+log = logging.getLogger(__name__)
+
 #: Seconds between updates of the engine's metrics.
 _METRICS_INTERVAL_SECONDS = 0.5
+
+
+def _expected_ranks(registry: Registry, base: Base) -> tuple[int, ...]:
+    """The ranks of the champions; none if the database does not answer, which delays no start."""
+    try:
+        with registry.reading() as session:
+            return adapters.champion_ranks(session, base.fingerprint)
+    except LoramillError as error:
+        log.warning("graphs are captured for adapters of the default rank alone: %s", error)
+        return ()
 
 
 class EngineDeployment:
@@ -37,7 +50,13 @@ class EngineDeployment:
         logs.configure()
         registry = Registry.open(settings.database, settings.artifacts)
         base = find_base(settings.base, settings.cache, settings.quantization)
-        self._replica = Replica(base, registry.artifacts.fetch, settings.serve, cache=settings.cache)
+        self._replica = Replica(
+            base,
+            registry.artifacts.fetch,
+            settings.serve,
+            cache=settings.cache,
+            ranks=_expected_ranks(registry, base),
+        )
         self._sender = Sender()
         self._load = LoadWindow(self._replica.expected_tokens_per_second)
         self._metrics = EngineMetrics(serve.get_replica_context().replica_id.unique_id)

@@ -26,6 +26,7 @@ from loramill.serve.engine import (
     Request,
     TokenMask,
 )
+from loramill.serve.engine.warmup import DEFAULT_RANK
 from loramill.serve.model import load_model
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.masks import ConstraintCompiler
@@ -97,7 +98,13 @@ class Replica:
     """
 
     def __init__(
-        self, base: Base, source: AdapterSource, settings: ServeSettings, *, cache: Path | None = None
+        self,
+        base: Base,
+        source: AdapterSource,
+        settings: ServeSettings,
+        *,
+        cache: Path | None = None,
+        ranks: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -105,6 +112,7 @@ class Replica:
             source: fetches the folder of an adapter's version.
             settings: of the engine.
             cache: folder for weights in NF4 (`loramill.models.nf4_cache`); None: each start quantizes them.
+            ranks: ranks of adapters to expect, in addition to the default one; see `Engine.warm_up`.
         """
         self._context_length = base.context_length
         self._tokenizer = ChatTokenizer.load(base.folder)
@@ -124,7 +132,7 @@ class Replica:
         log.info("engine on %s: %s", gpu or "the CPU", limits)
         self.expected_tokens_per_second = limits.tokens_per_second
         self._engine = Engine(model, source, engine_config(settings, limits))
-        self._engine.warm_up()
+        self._engine.warm_up((DEFAULT_RANK, *ranks))
         self._constraints = ConstraintCompiler(self._tokenizer, model.vocabulary)
         self._queues: dict[str, _OutputQueue] = {}
         self._closing = threading.Event()

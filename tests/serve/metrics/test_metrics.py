@@ -90,6 +90,7 @@ STATS = EngineStats(
     loads=4,
     load_failures=2,
     evictions=1,
+    failed_captures=5,
 )
 
 
@@ -119,6 +120,7 @@ def durations(*seconds: float) -> Durations:
         ("adapter_loads_total", 4, 4),
         ("adapter_load_failures_total", 2, 2),
         ("adapter_evictions_total", 1, 3),
+        ("graph_capture_failures_total", 5, 5),
     ],
 )
 def test_an_engines_statistics_are_exported(name: str, first: int, second: int) -> None:

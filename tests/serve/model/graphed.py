@@ -2,12 +2,14 @@
 
 import json
 import random
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
-from loramill.kernels import Batch, Delta
+from loramill.kernels import Batch, Delta, KVSpan, Pages
 from loramill.serve.model import Chunk
 
 VOCABULARY, BLOCK = 61, 16
@@ -144,3 +146,70 @@ class Session:
         assert got.shape == expected.shape
         assert error.max() <= self.tolerance, f"rows of {owners} off by {error.tolist()}"
         return expected
+
+
+def become(target, source):
+    """Gives a frozen object the fields of another."""
+    for each in fields(target):
+        object.__setattr__(target, each.name, getattr(source, each.name))
+    vars(target).pop("segments", None)
+
+
+class TorchPlan:
+    """`StaticPlan` for plain torch, whose operations read a batch on the host."""
+
+    def __init__(self, slab, *, rows, rank):
+        self.batch, self.slab, self.rows, self.rank = Batch(rows, ()), slab, rows, rank
+
+    def refresh(self, batch):
+        ranks = [self.slab.table[:, run.slot.index, :, 3].max() for run in batch.runs]
+        assert batch.rows <= self.rows
+        assert max(ranks, default=0) <= self.rank
+        become(self.batch, Batch(self.rows, batch.runs))
+
+
+class TorchPages:
+    """`StaticPages` for plain torch."""
+
+    def __init__(self, *, rows, blocks, block_size, scratch, device):
+        self.rows, self.blocks, self.scratch = rows, blocks, scratch
+        self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
+        self.refresh(Pages.of([], block_size))
+
+    def refresh(self, pages):
+        pages.check(pages.rows, self.scratch, self.pages.block_size)
+        assert len(pages.blocks) <= self.blocks
+        missing = self.rows - len(pages.spans)
+        become(self.pages, Pages.of([*pages.spans, *[KVSpan(0, 1, [self.scratch])] * missing], pages.block_size))
+
+
+class Recorder:
+    """Runs the function again at each replay, into the same memory; lists the numbers of rows recorded and replayed."""
+
+    def __init__(self):
+        self.recorded, self.replayed = [], []
+
+    def __call__(self, run):
+        result = run()
+        result = result.clone()
+        self.recorded.append(len(result))
+
+        def replay():
+            self.replayed.append(len(result))
+            return result.copy_(run())
+
+        return replay
+
+
+def statics():
+    """A backend's support for graphs in plain torch; `compiling` is whether kernels are only compiled."""
+    buffers = SimpleNamespace(StaticPlan=TorchPlan, StaticPages=TorchPages, compiling=False)
+
+    @contextmanager
+    def parallel_compilation():
+        buffers.compiling = True
+        yield
+        buffers.compiling = False
+
+    buffers.parallel_compilation = parallel_compilation
+    return buffers

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,68 +16,15 @@ import pytest
 import torch
 
 from loramill.errors import BaseUnusable, EngineFault, SetupError
-from loramill.kernels import Batch, Delta, KVSpan, Pages, torch_backend
+from loramill.kernels import Batch, Delta, torch_backend
 from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.engine.durations import Durations
 from loramill.serve.model import Chunk, load_decoder, load_model, loading
 from loramill.serve.model.graphs import GraphedDecoder
 
-from .graphed import BLOCK, Session, write_base
+from .graphed import BLOCK, Recorder, Session, statics, write_base
 
 ROWS, RANKS = (1, 2, 4, 6), (0, 4, 16)
-
-
-def become(target, source):
-    """Gives a frozen object the fields of another."""
-    for each in fields(target):
-        object.__setattr__(target, each.name, getattr(source, each.name))
-    vars(target).pop("segments", None)
-
-
-class TorchPlan:
-    """`StaticPlan` for plain torch, whose operations read a batch on the host."""
-
-    def __init__(self, slab, *, rows, rank):
-        self.batch, self.slab, self.rows, self.rank = Batch(rows, ()), slab, rows, rank
-
-    def refresh(self, batch):
-        ranks = [self.slab.table[:, run.slot.index, :, 3].max() for run in batch.runs]
-        assert batch.rows <= self.rows
-        assert max(ranks, default=0) <= self.rank
-        become(self.batch, Batch(self.rows, batch.runs))
-
-
-class TorchPages:
-    """`StaticPages` for plain torch."""
-
-    def __init__(self, *, rows, blocks, block_size, scratch, device):
-        self.rows, self.blocks, self.scratch = rows, blocks, scratch
-        self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
-        self.refresh(Pages.of([], block_size))
-
-    def refresh(self, pages):
-        pages.check(pages.rows, self.scratch, self.pages.block_size)
-        assert len(pages.blocks) <= self.blocks
-        missing = self.rows - len(pages.spans)
-        become(self.pages, Pages.of([*pages.spans, *[KVSpan(0, 1, [self.scratch])] * missing], pages.block_size))
-
-
-class Recorder:
-    """Runs the function again at each replay, into the same memory; lists the numbers of rows recorded and replayed."""
-
-    def __init__(self):
-        self.recorded, self.replayed = [], []
-
-    def __call__(self, run):
-        result = run()
-        result = result.clone()
-        self.recorded.append(len(result))
-
-        def replay():
-            self.replayed.append(len(result))
-            return result.copy_(run())
-
-        return replay
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +46,7 @@ def recorder():
 
 @pytest.fixture
 def graphed(decoder, recorder):
-    statics = SimpleNamespace(StaticPlan=TorchPlan, StaticPages=TorchPages)
-    return GraphedDecoder(decoder, rows=ROWS, ranks=RANKS, capture=recorder, buffers=statics)
+    return GraphedDecoder(decoder, rows=ROWS, ranks=RANKS, capture=recorder, buffers=statics())
 
 
 @pytest.fixture

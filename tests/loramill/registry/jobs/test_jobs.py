@@ -210,6 +210,22 @@ def test_a_checkpoint_that_an_alias_points_to_keeps_its_version(registry, make_s
         assert {found.id[0] for found in adapters.list_versions(session, "acme/bot")} == set("abdef")
 
 
+def test_the_ranks_of_champions_are_those_of_their_jobs(registry, make_spec):
+    for adapter, rank, content in (("acme/bot", 8, "a"), ("acme/bot", 64, "b"), ("acme/other", 4, "c")):
+        job = do(registry, jobs.submit, make_spec(adapter, rank=rank), {})
+        lease(registry, job_id=job.id)
+        do(registry, jobs.publish, job.id, 1, version(job, content))
+    base = version(job, "a").base
+    # The job of rank 64 has made a challenger.
+    assert do(registry, adapters.champion_ranks, base) == (4, 8)
+    do(registry, adapters.promote, "acme/bot", "b" * 64, "better")
+    imported = version(job, "d").model_copy(update={"job": None, "adapter": "acme/other"})
+    do(registry, adapters.add_version, imported)
+    do(registry, adapters.promote, "acme/other", "d" * 64, "imported")
+    assert do(registry, adapters.champion_ranks, base) == (64,)
+    assert do(registry, adapters.champion_ranks, "0" * 64) == ()
+
+
 def test_a_repeated_step_replaces_its_checkpoint(registry, job):
     lease(registry)
     do(registry, checkpoints.add, job.id, 1, 1, version(job, "a"), {"step": 1})

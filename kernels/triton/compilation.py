@@ -1,0 +1,49 @@
+"""Compilation of kernels in parallel, before the steps that launch them.
+
+A first step would compile its kernels one after another, 0.3 to 2 s each. Here, steps are run once without launching
+anything: Triton's hook before a compilation (`knobs.runtime.jit_cache_hook`) hands the kernel with its specialization
+to a pool of threads, and skips the launch. Threads suffice: Triton's passes, LLVM and ptxas run without Python's lock,
+and each compilation has a context of its own (`triton.AsyncCompileMode` relies on the same).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from triton import knobs
+from triton.runtime import driver
+
+
+@contextmanager
+def parallel_compilation() -> Iterator[None]:
+    """Within, a kernel that is not compiled yet is not launched: other threads compile it, and are done at the end.
+
+    What is computed within is arbitrary. A kernel that can't be compiled raises its error when it is launched
+    afterwards. One thread enters, and only it launches kernels meanwhile.
+    """
+    pending: dict[tuple[object, str], Future[None]] = {}
+
+    def start(*, key: str, fn: Any, is_manual_warmup: bool, **more: Any) -> bool:
+        if is_manual_warmup:  # the compilation in a thread of the pool
+            return False
+        kernel, details = fn.jit_function, more["compile"]
+        if (kernel, key) not in pending:
+            pending[kernel, key] = pool.submit(_compile, kernel, details["specialization_data"], details["device"])
+        return True
+
+    before = knobs.runtime.jit_cache_hook
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="kernel-compiler") as pool:
+        knobs.runtime.jit_cache_hook = start
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = before
+
+
+def _compile(kernel: Any, specialization: str, device: int) -> None:
+    driver.active.set_current_device(device)
+    kernel.preload(specialization)
