@@ -81,8 +81,23 @@ def test_a_norm_that_is_trained_is_not_fused() -> None:
     assert model.model.norm not in [module for module, _ in fused_forwards(model)]
 
 
+def test_layers_stay_where_triton_can_not_compile_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(fused, "launch_once", fails)
+    layers.triton_problem.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=layers.__name__):
+        assert not [*layer_forwards(tiny_model(), CUDA)]
+    layers.triton_problem.cache_clear()
+    assert "Failed to find C compiler." in caplog.text
+
+
 def test_a_model_on_a_gpu_is_fused_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(torch.bfloat16)
+    monkeypatch.setattr(layers, "triton_problem", lambda _: None)
     monkeypatch.setattr(type(model), "device", CUDA)
     with configured_forward(model, 300, checkpointing=False):
         replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
