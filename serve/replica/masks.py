@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from loramill.data.messages import CALL_BEGIN, CALL_END
 from loramill.data.tokenizer import ChatTokenizer
@@ -20,13 +20,15 @@ from loramill.serve.engine import TokenMask
 from loramill.serve.protocol import OutputConstraint
 from loramill.serve.replica.grammar import build_grammar
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
 #: Maximum number of characters of a grammar; a schema of this size compiles in under a second.
 MAX_GRAMMAR_CHARACTERS = 1 << 16
 #: Number of compiled grammars in the cache: at most some hundred KB each.
 _CACHED_GRAMMARS = 64
-
 #: Masks are computed in the engine's thread, so that one must take at most a few milliseconds, and little memory.
-_LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
+_LEXER_FUEL, _ITEMS, _LEXER_STATES = 50_000, 20_000, 50_000
 
 
 class ConstraintCompiler:
@@ -65,11 +67,16 @@ class ConstraintCompiler:
             raise InvalidRequest(f"'{constraint.param}': {error.message}", param=constraint.param) from error
 
     def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise InvalidRequest(
                 f"the schemas have more than {MAX_GRAMMAR_CHARACTERS} characters together; make them smaller."
             )
-        matcher = LLMatcher(self._grammar_tokenizer, grammar, limits=_LIMITS, log_level=0)
+        limits = LLParserLimits(
+            step_lexer_fuel=_LEXER_FUEL, step_max_items=_ITEMS, max_lexer_states=_LEXER_STATES, verbose_errors=False
+        )
+        matcher = LLMatcher(self._grammar_tokenizer, grammar, limits=limits, log_level=0)
         if matcher.is_error():
             raise InvalidRequest(f"{_reason(matcher)}.")
         bits = _allowed_bits(matcher, self._vocabulary)
@@ -81,6 +88,8 @@ class ConstraintCompiler:
     @cached_property
     def _grammar_tokenizer(self) -> LLTokenizer:
         # Created at the first use: it takes a quarter of a second and some memory.
+        from llguidance import LLTokenizer
+
         try:
             return LLTokenizer(
                 self._chat_tokenizer.tokenizer_json,

@@ -9,14 +9,13 @@ from itertools import product
 
 import torch
 
-from loramill.gpus import FP8_CAPABILITY
+from loramill.jobs.train.ops import fused, fused_kernels
 from loramill.kernels.memory import ALIGNMENT
-from loramill.kernels.triton import decoder_ops, kernels, plans, quantized_kernels
+from loramill.kernels.triton import decoder_ops, kernels, plans
 
 from .compiling import Configuration, Gpu, configuration
 
 attention_host = importlib.import_module("loramill.kernels.triton.attention")
-quantized_host = importlib.import_module("loramill.kernels.triton.quantized")
 
 #: Head dimension and query heads per KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
 HEADS = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
@@ -115,22 +114,27 @@ def decoder(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
         )  # fmt: skip
 
 
-def quantized(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Products with int8 weights, and the rounding of rows to float8 on the GPUs that have it, last."""
-    for rows in (1, 32, 64):
-        yield configuration(
-            quantized_host.int8_launch(rows, dtype.itemsize), quantized_kernels.int8_linear, dtype,
-            in_dtype=("x", "y"),
-            types={"codes": "*i8", "scales": "*fp32"},
-            multiples=("x", "codes", "scales", "y", "d_in", "d_out", "x_row"),
-        )  # fmt: skip
-    if divmod(gpu.capability, 10) >= FP8_CAPABILITY:
-        yield configuration(
-            quantized_host.FP8_LAUNCH, quantized_kernels.quantize_rows, dtype,
-            in_dtype=("x",),
-            types={"codes": "*fp8e4nv", "scales": "*fp32"},
-            multiples=("x", "codes", "scales", "d_in", "x_row"),
-        )  # fmt: skip
+def training(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+    """The norms, gated products and rotations of training, forward and backward."""
+    for width, plus_one in product((64, *WIDTHS), (False, True)):
+        tile, options = fused.norm_tile(width)
+        launch = plans.Launch("norm", {**tile, "PLUS_ONE": plus_one}, options)
+        for kernel in (fused_kernels.norm_forward, fused_kernels.norm_backward):
+            yield configuration(
+                launch, kernel, dtype, in_dtype=("x", "weight", "y", "d_y", "d_x"), types={"eps": "fp32"},
+                multiples=("x", "weight", "y", "d_y", "d_x", "x_row", "d_y_row"),
+            )  # fmt: skip
+    for tanh in (False, True):
+        launch = plans.Launch("gated", {"SIZE": fused.GATED_ELEMENTS, "TANH": tanh}, {"num_warps": fused.GATED_WARPS})
+        tensors = ("gate", "up", "y", "d_y", "d_gate", "d_up")
+        for kernel in (fused_kernels.gated_forward, fused_kernels.gated_backward):
+            yield configuration(launch, kernel, dtype, tensors, types={}, multiples=(*tensors, "count"))
+    for (heads, kv_heads, head_dim), inverse in product(ALL_HEADS, (False, True)):
+        shape = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": head_dim // 2, "INVERSE": inverse}
+        constants = {**shape, **fused.rotation_block(head_dim // 2)}
+        tensors = ("q", "k", "cos", "sin", "q_out", "k_out")
+        launch = plans.Launch("rotate", constants, {"num_warps": fused.ROTATE_WARPS})
+        yield configuration(launch, fused_kernels.rotate, dtype, tensors, types={}, multiples=tensors)
 
 
 #: By the name that a test shows.
@@ -138,5 +142,5 @@ SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {
     "lora": lora,
     "attention": attention,
     "decoder": decoder,
-    "quantized": quantized,
+    "training": training,
 }

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import jsonschema
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,7 +24,6 @@ from loramill.models.catalog import Base
 from loramill.serve.engine import SamplingParams
 from loramill.serve.engine.sampling.sampler import Sampler
 from loramill.serve.protocol import OutputConstraint, TextRequest
-from loramill.serve.replica import masks
 from loramill.serve.replica.masks import MAX_GRAMMAR_CHARACTERS, ConstraintCompiler
 from loramill.serve.replica.replica import Replica
 from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
@@ -372,7 +372,7 @@ def test_a_constraint_is_compiled_once_in_a_thread_of_its_own(
         threads.append(threading.current_thread().name)
         return LLMatcher(*args, **options)
 
-    monkeypatch.setattr(masks, "LLMatcher", compile_in)
+    monkeypatch.setattr(llguidance, "LLMatcher", compile_in)
     for _ in range(3):
         asyncio.run(compiler.mask_factory(OutputConstraint("response_format", {"type": "object", "title": "once"})))
     assert threads == ["grammar_0"]

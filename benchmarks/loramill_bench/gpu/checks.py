@@ -1,0 +1,84 @@
+"""The stages checks and kernels: whether the Triton kernels are right, and their time compared with reading bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from loramill_bench.gpu.stage import Context
+from loramill_bench.kernels import cuda, cuda_attention
+from loramill_bench.results import Result
+
+_DTYPES = ("bfloat16", "float16", "float32")
+#: Seconds after which a process that checks is ended.
+_TIMEOUT = 150.0
+_CODE = """
+import json, torch
+from loramill_bench.kernels import {module}
+rows = [[c.error / c.limit, f"{{c.site}} {{c.runs}}"] for c in {module}.check(dtypes=[torch.{dtype}])]
+print(json.dumps(rows))
+"""
+_CASES = (cuda.Case(8, 8, 16), cuda.Case(32, 32, 16), cuda.Case(128, 128, 16), cuda.Case(512, 4, 16))
+
+
+def check(context: Context) -> Iterator[Result]:
+    """The kernels against their references in float32: called, called again without a wait, and replayed.
+
+    Each module and dtype has a process of its own, since compiling takes most of the time; the later stages find what
+    they compiled in Triton's cache.
+    """
+    if context.dry:
+        return
+    begun = time.monotonic()
+    running = {
+        f"{module} {dtype}": subprocess.Popen(
+            [sys.executable, "-P", "-c", _CODE.format(module=module, dtype=dtype)], stdout=subprocess.PIPE, text=True
+        )
+        for module in ("cuda", "cuda_attention")
+        for dtype in _DTYPES
+    }
+    for name, process in running.items():
+        try:
+            printed, _ = process.communicate(timeout=max(5.0, _TIMEOUT - (time.monotonic() - begun)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            printed = ""
+        yield _worst(context, name, printed)
+    yield Result("gpu checks: duration with compiling", time.monotonic() - begun, "s")
+
+
+def _worst(context: Context, name: str, printed: str) -> Result:
+    """The worst of a process's errors in units of its limit; infinite if the process failed."""
+    case = f"gpu checks {name}: worst error"
+    lines = printed.strip().splitlines()
+    if not lines:
+        context.note(f"{name}: the process failed or took longer than {_TIMEOUT:g} s")
+        return Result(case, math.inf, "of the limit")
+    rows = [(math.inf if math.isnan(ratio) else ratio, what) for ratio, what in json.loads(lines[-1])]
+    ratio, what = max(rows)
+    context.note(f"{name}: worst at {what}")
+    return Result(case, ratio, "of the limit")
+
+
+def time_kernels(context: Context) -> Iterator[Result]:
+    """The time of adapters at each linear of a layer and of decode attention, with the time of copying their bytes."""
+    if context.dry:
+        return
+    for case in _CASES:
+        for timing in cuda.timings([case]):
+            name = f"{case.rows}/{case.adapters}/{case.rank} {timing.site}"
+            us = timing.us if timing.graph_us is None else timing.graph_us
+            yield Result(f"gpu kernels lora {name}", us, "us", floor=timing.floor_us)
+            yield Result(f"gpu kernels against gather + bmm, {name}", timing.gather_us / us, "x")
+            if timing.punica_us is not None:
+                yield Result(f"gpu kernels against vLLM, {name}", timing.punica_us / us, "x")
+            yield Result(f"gpu kernels: base, {name}", timing.linear_us, "us")
+    for attention in cuda_attention.CASES:
+        found = cuda_attention.timing(attention)
+        yield Result(f"gpu kernels attention {attention}", found.us, "us", floor=found.floor_us)
+        yield Result(f"gpu kernels against gather + sdpa, {attention}", found.gather_us / found.us, "x")
