@@ -1,5 +1,7 @@
 """Devices of engine replicas: Ray options, and the settings of the engine."""
 
+import logging
+
 import pytest
 import torch
 
@@ -56,7 +58,9 @@ class Started(Exception):
     [({"device": "cpu"}, "cpu", 128), ({"device": "cuda"}, "cuda", 2048)]
     + [({"device": device, "max_batch_tokens": 64}, device, 64) for device in ("cpu", "cuda")],
 )
-def test_the_device_decides_where_the_base_is_and_the_tokens_per_step(options, device, tokens, base, monkeypatch):
+def test_the_device_decides_where_the_base_is_and_the_tokens_per_step(
+    options, device, tokens, base, monkeypatch, caplog
+):
     seen = {}
 
     def load(folder, **options):
@@ -72,9 +76,11 @@ def test_the_device_decides_where_the_base_is_and_the_tokens_per_step(options, d
     monkeypatch.setattr(replica, "open_gpu", lambda share: seen.update(share=share) or gpu)
     monkeypatch.setattr(replica, "free_bytes", lambda share, device: 10 << 30)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(Started):
+    with pytest.raises(Started), caplog.at_level(logging.INFO):
         Replica(base, lambda version: base.folder, ServeSettings(**options))
     config = seen["config"]
+    where = "the CPU" if device == "cpu" else "NVIDIA L4 (22 GiB)"
+    assert f"engine on {where}: KV cache of {config.kv_tokens:,} tokens" in caplog.text
     assert (seen["device"], config.max_batch_tokens) == (device, tokens)
     if device == "cpu":
         assert (config.kv_tokens, config.adapter_bytes, config.host_bytes, config.max_waiting) == CPU_LIMITS
