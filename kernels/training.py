@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ class _GroupedLora(torch.autograd.Function):
             y = F.linear(x, dense, bias)
             for part, a, b in zip(parts, weights[2::4], weights[3::4], strict=True):
                 own = part.take(x, a.dtype)
-                h = (_masked(own, part.kept(len(own), x.shape[1], x.device)) @ a.T).mul_(part.scale)
+                h = _scaled_product(_masked(own, part.kept(len(own), x.shape[1], x.device)), a.T, part.scale)
                 part.add_product(y, h, b.T)
                 saved += (a, b, h)
         ctx.save_for_backward(*saved)
@@ -201,7 +202,7 @@ class _GroupedLora(torch.autograd.Function):
                 if needs_b:
                     db = (own.T @ h).to(ctx.dtypes[i])
                 if needs_a or dx is not None:
-                    dh = (own @ b).mul_(part.scale)
+                    dh = _scaled_product(own, b, part.scale)
                     kept = part.kept(len(dh), a.shape[1], a.device)
                     if needs_a:
                         da = (dh.T @ _masked(part.take(x, a.dtype), kept)).to(ctx.dtypes[i])
@@ -215,6 +216,23 @@ class _GroupedLora(torch.autograd.Function):
 
 def _masked(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return x if kept is None else x * kept
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """left @ right * scale. On a GPU it is one launch, in which only the result is rounded."""
+    if left.device.type == "cpu":
+        return (left @ right).mul_(scale)
+    return _product_in_one(left, right, scale)
+
+
+def _product_in_one(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    # With beta = 0 the first argument is not read.
+    return torch.addmm(_unread(left.dtype, left.device), left, right, beta=0, alpha=scale)
+
+
+@lru_cache
+def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _dense(base: Frozen) -> torch.Tensor:

@@ -14,12 +14,13 @@ from loramill.errors import EngineFault, SetupError
 from loramill.kernels import torch_backend
 from loramill.kernels.backend import Codebook, Quantized, Weight
 from loramill.kernels.triton import quantized_kernels
+from loramill.kernels.triton.plans import Launch
 
 #: Rows for which int8 is multiplied by our kernel; with more, writing the dequantized matrix once (3 bytes per weight)
 #: and multiplying it by cuBLAS takes less time.
 INT8_ROWS = 256
-#: Elements of a row that a program of `quantize_rows` loads at once, with 8 warps.
-FP8_DEPTH = 4096
+#: The rounding of rows to float8; a program loads 4,096 elements of its row at once.
+FP8_LAUNCH = Launch("quantize_rows", {"DEPTH": 4096}, {"num_warps": 8})
 
 
 def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
@@ -104,25 +105,24 @@ def _int8_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.T
         values = torch.empty(weight.data.shape, dtype=x.dtype, device=x.device)
         return F.linear(x, torch.mul(weight.data, codebook.scales, out=values))
     y = torch.empty(rows, weight.d_out, dtype=x.dtype, device=x.device)
-    plan = int8_plan(rows, x.element_size())
+    launch = int8_launch(rows, x.element_size())
     # Tiles of rows are adjacent in the grid, so that they read the same codes at the same time.
-    grid = (triton.cdiv(rows, plan["ROWS"]), triton.cdiv(weight.d_out, plan["COLUMNS"]))
+    grid = (triton.cdiv(rows, launch.constants["ROWS"]), triton.cdiv(weight.d_out, launch.constants["COLUMNS"]))
     quantized_kernels.int8_linear[grid](
-        x, weight.data, codebook.scales, y, rows, weight.d_in, weight.d_out, x.stride(0), **plan
-    )
+        x, weight.data, codebook.scales, y, rows, weight.d_in, weight.d_out, x.stride(0),
+        **launch.constants, **launch.options,
+    )  # fmt: skip
     return y
 
 
-def int8_plan(rows: int, itemsize: int) -> dict[str, int]:
-    """Tiles and options of `quantized_kernels.int8_linear` for a number of rows of x with elements of this size.
+def int8_launch(rows: int, itemsize: int) -> Launch:
+    """The product for a number of rows of x, with elements of this size.
 
     One tile of rows up to 64; narrow columns for up to 16 rows, so that a matrix of 4,096 outputs has 128 programs.
     """
-    if rows <= 16:
-        return {"ROWS": 16, "COLUMNS": 32, "DEPTH": 512 // itemsize, "num_warps": 4, "num_stages": 3}
-    return {
-        "ROWS": 32 if rows <= 32 else 64, "COLUMNS": 64, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 3,
-    }  # fmt: skip
+    tile, columns, depth = (16, 32, 512) if rows <= 16 else (32 if rows <= 32 else 64, 64, 256)
+    constants = {"ROWS": tile, "COLUMNS": columns, "DEPTH": depth // itemsize}
+    return Launch("int8_linear", constants, {"num_warps": 4, "num_stages": 3})
 
 
 def _fp8_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
@@ -130,7 +130,9 @@ def _fp8_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Te
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     # One launch; torch would need six, about 10 us per linear of a decode step in a graph.
-    quantized_kernels.quantize_rows[len(x),](x, codes, scales, weight.d_in, x.stride(0), DEPTH=FP8_DEPTH, num_warps=8)
+    quantized_kernels.quantize_rows[len(x),](
+        x, codes, scales, weight.d_in, x.stride(0), **FP8_LAUNCH.constants, **FP8_LAUNCH.options
+    )
     # Fast accumulation, as in other engines, is exact far beyond the rounding to float8.
     y: torch.Tensor = torch._scaled_mm(
         codes, weight.data.T, scales, codebook.scales.T, out_dtype=x.dtype, use_fast_accum=True

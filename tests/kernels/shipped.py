@@ -9,13 +9,15 @@ from itertools import product
 
 import torch
 
+from loramill.gpus import FP8_CAPABILITY
 from loramill.jobs.train.ops import fused, fused_kernels
 from loramill.kernels.memory import ALIGNMENT
-from loramill.kernels.triton import decoder_ops, kernels, plans
+from loramill.kernels.triton import decoder_ops, kernels, plans, quantized_kernels
 
 from .compiling import Configuration, Gpu, configuration
 
 attention_host = importlib.import_module("loramill.kernels.triton.attention")
+quantized_host = importlib.import_module("loramill.kernels.triton.quantized")
 
 #: Head dimension and query heads per KV head: SmolLM2 and Llama 3.2, 80 channels, Llama 3 and Qwen, multi-query, Gemma.
 HEADS = ((64, 3), (80, 8), (128, 4), (128, 20), (256, 8))
@@ -114,6 +116,24 @@ def decoder(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
         )  # fmt: skip
 
 
+def quantized(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+    """Products with int8 weights, and the rounding of rows to float8 on the GPUs that have it, last."""
+    for rows in (1, 32, 64):
+        yield configuration(
+            quantized_host.int8_launch(rows, dtype.itemsize), quantized_kernels.int8_linear, dtype,
+            in_dtype=("x", "y"),
+            types={"codes": "*i8", "scales": "*fp32"},
+            multiples=("x", "codes", "scales", "y", "d_in", "d_out", "x_row"),
+        )  # fmt: skip
+    if divmod(gpu.capability, 10) >= FP8_CAPABILITY:
+        yield configuration(
+            quantized_host.FP8_LAUNCH, quantized_kernels.quantize_rows, dtype,
+            in_dtype=("x",),
+            types={"codes": "*fp8e4nv", "scales": "*fp32"},
+            multiples=("x", "codes", "scales", "d_in", "x_row"),
+        )  # fmt: skip
+
+
 def training(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
     """The norms, gated products and rotations of training, forward and backward."""
     for width, plus_one in product((64, *WIDTHS), (False, True)):
@@ -142,5 +162,6 @@ SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {
     "lora": lora,
     "attention": attention,
     "decoder": decoder,
+    "quantized": quantized,
     "training": training,
 }

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.errors import AdapterInvalid, EngineFault
+from loramill.kernels import training
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.training import Trainable, dropout_seed, grouped_lora
 
@@ -517,6 +518,24 @@ def test_a_cast_gives_the_bits_of_weights_that_autograd_casts():
     for name, value in gradients(grouped_lora, x, base, ready, batch, dy).items():
         assert_same_bits(value, expected[name], name)
         assert value.dtype == (torch.bfloat16 if name in ("x", "y") else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_products_give_the_same_results(dtype, monkeypatch):
+    x, base, adapters, batch = example()
+    x, base, dy = x.detach().to(dtype).requires_grad_(), base.to(dtype), torch.randn(13, 10).to(dtype)
+    adapters = {
+        slot: replace(t, a=t.a.detach().to(dtype).requires_grad_(), b=t.b.detach().to(dtype).requires_grad_())
+        for slot, t in adapters.items()
+    }
+    expected = gradients(grouped_lora, x, base, adapters, batch, dy)
+    launches = []
+    in_one = training._product_in_one
+    monkeypatch.setattr(training, "_scaled_product", lambda *args: launches.append(args) or in_one(*args))
+    found = gradients(grouped_lora, x, base, adapters, batch, dy)
+    assert len(launches) == 2 * len(adapters)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 2 * torch.finfo(dtype).eps * value.norm()
 
 
 def test_a_gradient_of_a_gradient_is_refused():

@@ -11,15 +11,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels can't be compiled", allow_module_level=True)
 
 from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from loramill.kernels import Batch, Delta, Site, Slab  # noqa: E402
 from loramill.kernels.triton import kernels, layout, lora, parallel_compilation  # noqa: E402
 
-from .hopper import HOPPER, SHARED, empty_cache  # noqa: E402, F401
-
 #: No other test's.
 DEVICE = 5
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 class Driver:
@@ -28,7 +32,7 @@ class Driver:
     def __init__(self):
         self.launched, self.devices = [], set()
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": SHARED},
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
             load_binary=lambda *_: (object(), 0, 0, 0, 1024),
         )
 
@@ -42,7 +46,7 @@ class Driver:
         return 0
 
     def get_current_target(self):
-        return HOPPER
+        return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source, metadata):
         return lambda *_: self.launched.append(source.name)

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from loramill.kernels.triton import plans  # noqa: E402
 
 from .compiling import GPUS, NAMES, Binary, Configuration, Gpu, compiled, empty_cache  # noqa: E402, F401
-from .shipped import SHIPPED, lora_configuration, lora_launches  # noqa: E402
+from .shipped import SHIPPED, lora_configuration, lora_launches, quantized_host  # noqa: E402
 
 HOPPER = GPUS[90]
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,8 @@ def extremes(family: str, gpu: Gpu) -> Iterator[Configuration]:
                 if amount > most.get(key, (-1,))[0]:
                     most[key] = amount, dtype, index
     for dtype, index in {(dtype, index): None for _, dtype, index in most.values()}:
-        # Some launches depend on the GPU.
-        yield list(SHIPPED[family](gpu, dtype))[index]
+        # Some launches depend on the GPU, and some GPUs lack the last ones.
+        yield from list(SHIPPED[family](gpu, dtype))[index : index + 1]
 
 
 def faults(pairs: Compiled, gpu: Gpu) -> str:
@@ -108,3 +108,23 @@ def test_a_kernel_that_spills_is_detected():
     huge = plans.Launch("expand_rows", constants, {"num_warps": 4, "num_stages": 1})
     binary = compiled(lora_configuration(huge, torch.bfloat16))
     assert binary.spilled, binary
+
+
+@pytest.mark.parametrize("rows", [1, 32, 256])
+def test_int8_products_use_the_matrix_units(rows):
+    launch = quantized_host.int8_launch(rows, 2)
+    each, binary = next(pair for pair in grid("quantized", torch.bfloat16) if pair[0].constants == launch.constants)
+    assert ("wgmma" if rows > 16 else "mma.sync") in binary.texts["ptx"], each.name
+
+
+def test_every_number_of_rows_in_int8_is_compiled():
+    launches = [quantized_host.int8_launch(rows, 2).constants for rows in range(1, quantized_host.INT8_ROWS + 1)]
+    compiled = [each.constants for each, _ in grid("quantized", torch.bfloat16)]
+    assert all(constants in compiled for constants in launches)
+
+
+@pytest.mark.parametrize("capability", [89, 90], ids=str)
+def test_rows_are_rounded_to_float8_by_the_hardware(capability):
+    rounding = list(SHIPPED["quantized"](GPUS[capability], torch.bfloat16))[-1]
+    # On 8.9, by way of float16, in which all these numbers are normal.
+    assert re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f(32|16x2)", compiled(rounding, GPUS[capability]).texts["ptx"])

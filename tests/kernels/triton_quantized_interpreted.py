@@ -104,7 +104,7 @@ def test_rows_are_rounded_to_float8_as_weights_are(dtype, d_in):
     x[3, 5] = torch.nan
     x[4, 1] = torch.inf
     codes, scales = torch.empty(6, d_in, dtype=torch.float8_e4m3fn), torch.empty(6, 1)
-    kernels.quantize_rows[6,](x, codes, scales, d_in, x.stride(0), DEPTH=quantized.FP8_DEPTH)
+    kernels.quantize_rows[6,](x, codes, scales, d_in, x.stride(0), **quantized.FP8_LAUNCH.constants)
     finite = [0, 1, 2, 5]
     expected = quantize(x[finite], "fp8")
     torch.testing.assert_close(scales[finite], expected.scales, rtol=1e-6, atol=0)

@@ -133,6 +133,16 @@ def apply_rotary(
     return turned
 
 
+def launch_once(device: torch.device) -> None:
+    """Launches a kernel, for which Triton compiles its launcher.
+
+    Raises:
+        RuntimeError, CalledProcessError, OSError: it can't; there is no C compiler, for example.
+    """
+    one = torch.ones(1, device=device)
+    _launch_gated(kernels.gated_forward, one, one, torch.empty_like(one), tanh=False)
+
+
 def norm_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
     """How the norm of rows of this width is divided: the kernels' constants, and their launch options."""
     columns = triton.next_power_of_2(width)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from importlib.util import find_spec
+from subprocess import CalledProcessError
 from types import FunctionType
 from typing import Any
 
@@ -46,12 +46,24 @@ def layer_forwards(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.
     """
     if device.type == "cpu":
         yield from _cpu_forwards(model)
-    elif find_spec("triton") is not None:
+    elif (problem := triton_problem(device)) is None:
         yield from fused_forwards(model)
     else:
-        _log_once(
-            "training computes norms, MLPs and rotary positions by transformers: `pip install triton` for more speed"
-        )
+        _log_once(f"training computes norms, MLPs and rotary positions by transformers, since Triton fails: {problem}")
+
+
+@lru_cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton's kernels can't run on a GPU, such as a missing C compiler; None if they can."""
+    try:
+        from loramill.jobs.train.ops import fused
+
+        fused.launch_once(device)
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
+    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
+        return str(error)
+    return None
 
 
 def _cpu_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:

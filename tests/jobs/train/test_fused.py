@@ -26,7 +26,7 @@ from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import layers
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards, layer_forwards
-from loramill.kernels import varlen
+from loramill.kernels import training, varlen
 
 from ...llama import tiny_llama
 from ...transformers_families import FAMILIES, tiny_family
@@ -81,8 +81,23 @@ def test_a_norm_that_is_trained_is_not_fused() -> None:
     assert model.model.norm not in [module for module, _ in fused_forwards(model)]
 
 
+def test_layers_stay_where_triton_can_not_compile_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(fused, "launch_once", fails)
+    layers.triton_problem.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=layers.__name__):
+        assert not [*layer_forwards(tiny_model(), CUDA)]
+    layers.triton_problem.cache_clear()
+    assert "Failed to find C compiler." in caplog.text
+
+
 def test_a_model_on_a_gpu_is_fused_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(torch.bfloat16)
+    monkeypatch.setattr(layers, "triton_problem", lambda _: None)
     monkeypatch.setattr(type(model), "device", CUDA)
     with configured_forward(model, 300, checkpointing=False):
         replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
@@ -136,7 +151,7 @@ def launches(layer_count: int, *, checkpointing: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("fusing", "checkpointing", "expected"),
-    [(False, False, (59, 123)), (False, True, (73, 195)), (True, False, (35, 80)), (True, True, (49, 128))],
+    [(False, False, (52, 116)), (False, True, (66, 181)), (True, False, (28, 73)), (True, True, (42, 114))],
 )
 def test_the_launches_of_a_layer(
     monkeypatch: pytest.MonkeyPatch, fusing: bool, checkpointing: bool, expected: tuple[int, int]
@@ -148,6 +163,7 @@ def test_the_launches_of_a_layer(
     monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
     monkeypatch.setattr(forward, "layer_forwards", lambda model, _: fused_forwards(model) if fusing else ())
     monkeypatch.setattr(fused, "launch", counted(lambda *_: None))
+    monkeypatch.setattr(training, "_scaled_product", training._product_in_one)
     outputs = counted(lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)))
     monkeypatch.setattr(varlen, "forward", outputs)
     monkeypatch.setattr(varlen, "backward", counted(lambda _, *inputs: tuple(map(torch.empty_like, inputs[:3]))))

@@ -87,6 +87,17 @@ def test_what_triton_and_bitsandbytes_need_is_checked() -> None:
     assert findings(broken, quantization="nf4")["bitsandbytes on the gpu"].status is Status.ERROR
 
 
+def test_an_engine_in_float8_needs_a_gpu_that_has_it(base: Base) -> None:
+    fp8 = {"base": str(base.folder), "serve": {"quantization": "fp8"}}
+    assert {finding.status for finding in findings(setup(), **fp8).values()} == {Status.OK}
+    old = {"capability": (8, 6), "name": "NVIDIA A10"}
+    a10 = setup(machine=[H100.model_copy(update=old)], visible=[GpuInfo(bytes=79 << 30, **old)])  # type: ignore[arg-type]
+    found = findings(a10, **fp8)["gpu shares"]
+    assert found.status is Status.ERROR and "NVIDIA A10 has 8.6" in found.fix
+    without = findings(setup(visible=[], machine=[]), **fp8)["serve.quantization"]
+    assert without.status is Status.WARN and '"int8" or "nf4"' in without.fix
+
+
 def test_this_pythons_headers_and_compiler_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gpus.python_header()
     assert header is None or header.name == "Python.h"
