@@ -42,16 +42,21 @@ class PackedRows:
     labels: torch.Tensor
     weights: torch.Tensor
 
-    @property
-    def attention_mask(self) -> torch.Tensor:
-        """bool [R, T, T]; whether the token of a line attends to the token of a column. Made at each access."""
+    def attention_mask(self, window: int | None = None) -> torch.Tensor:
+        """bool [R, T, T]; whether the token of a line attends to the token of a column.
+
+        Args:
+            window: number of positions that a token attends to at most, its own included; None: all earlier ones.
+        """
         rows, width = self.tokens.shape
         if rows > 1:
-            return torch.ones(width, width, dtype=torch.bool).tril().expand(rows, -1, -1)
-        sizes = torch.tensor([self.prefix_tokens, *self.example_tokens])
-        example_of = torch.arange(len(sizes)).repeat_interleave(sizes)  # 0 for the prefix
-        same = (example_of[:, None] == example_of) | (example_of == 0)
-        return same.tril()[None]
+            seen = torch.ones(width, width, dtype=torch.bool).tril().expand(rows, -1, -1)
+        else:
+            sizes = torch.tensor([self.prefix_tokens, *self.example_tokens])
+            example_of = torch.arange(len(sizes)).repeat_interleave(sizes)  # 0 for the prefix
+            same = (example_of[:, None] == example_of) | (example_of == 0)
+            seen = same.tril()[None]
+        return seen if window is None else seen & (self.positions[:, :, None] - self.positions[:, None] < window)
 
 
 def choose_batch(count: int, batch_size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:

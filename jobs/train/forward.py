@@ -27,6 +27,9 @@ from loramill.models.catalog import NATIVE_ARCHITECTURES
 #: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
 MAX_EAGER_TOKENS = 512
 
+#: Kinds of layers in a config's `layer_types`, and keys of the masks that transformers takes for them.
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
 #: Messages of the RuntimeError by which torch's CPU allocator reports that memory ran out.
 _CPU_OOM_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you tried to allocate")
 
@@ -70,7 +73,8 @@ def supervised_logits(model: Callable[..., Any], base: PreTrainedModel, rows: Pa
 def attention_window(model: PreTrainedModel) -> int | None:
     """The sliding window of the layers that have one, in tokens; None if no layer has one.
 
-    It is also None if attention takes a mask, since the masks of `PackedRows` have no window.
+    It is also None if attention takes a mask: masks have the window of each token's position in its example, whatever
+    precedes it in the row.
     """
     return getattr(model.config, "sliding_window", None) if _is_varlen(model) else None
 
@@ -97,7 +101,7 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) 
     attended = (
         {"attention_mask": None, "row_layout": attention.VarlenLayout.of(rows, base.device)}
         if _is_varlen(base)
-        else {"attention_mask": _added_mask(rows, base)}
+        else {"attention_mask": _added_masks(rows, base)}
     )
     with _head_on_positions(base, rows.target_positions.to(base.device)):
         output = model(
@@ -110,9 +114,25 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, rows: PackedRows) 
     return logits
 
 
-def _added_mask(rows: PackedRows, base: PreTrainedModel) -> torch.Tensor:
-    """What is added to the scores, [R, 1, T, T]: 0 where a token attends to another, else -inf."""
-    seen = rows.attention_mask
+def _added_masks(rows: PackedRows, base: PreTrainedModel) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What is added to the scores, [R, 1, T, T]: 0 where a token attends to another, else -inf.
+
+    It is one mask for all layers, or one for each kind of layer if some layers have a window that an example exceeds.
+    transformers takes such masks as they are, without adding its own window.
+    """
+    window = getattr(base.config, "sliding_window", None)
+    kinds = set(getattr(base.config, "layer_types", None) or ())
+    if type(base).__name__ == "MistralForCausalLM":
+        kinds = set()  # its layers all have the window, whatever their types
+    if window is None or int(rows.positions.max()) < window or not kinds <= {_FULL, _SLIDING} or kinds == {_FULL}:
+        return _added_mask(rows, base, None)
+    if _FULL not in kinds:
+        return _added_mask(rows, base, window)
+    return {_FULL: _added_mask(rows, base, None), _SLIDING: _added_mask(rows, base, window)}
+
+
+def _added_mask(rows: PackedRows, base: PreTrainedModel, window: int | None) -> torch.Tensor:
+    seen = rows.attention_mask(window)
     return torch.zeros(seen.shape, dtype=base.dtype).masked_fill(~seen, -math.inf)[:, None].to(base.device)
 
 

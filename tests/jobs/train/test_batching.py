@@ -73,13 +73,13 @@ def examples(draw: st.DrawFn) -> list[EncodedExample]:
 def test_rows_contain_the_tokens_of_their_examples(examples: list[EncodedExample], layout: type) -> None:
     rows = layout(examples)
     count, width = rows.tokens.shape
-    assert (count, rows.attention_mask.shape) == (1 if layout is pack else len(examples), (count, width, width))
+    assert (count, rows.attention_mask().shape) == (1 if layout is pack else len(examples), (count, width, width))
     predicted = []
     for position, label, share in zip(
         rows.target_positions.tolist(), rows.labels.tolist(), rows.weights.tolist(), strict=True
     ):
         row, column = divmod(position, width)
-        visible = rows.attention_mask[row, column].nonzero().flatten()
+        visible = rows.attention_mask()[row, column].nonzero().flatten()
         assert rows.positions[row, visible].tolist() == list(range(len(visible)))
         predicted.append((tuple(rows.tokens[row, visible].tolist()), label, share))
     expected = [
@@ -130,4 +130,4 @@ def test_each_process_gets_a_group_if_there_are_enough_examples() -> None:
 def test_a_long_example_is_a_group_by_itself() -> None:
     long, short = EncodedExample(tuple(range(900)), 3), EncodedExample((5, 6, 7), 2)
     assert [len(group) for group in group_for_passes([short, long, short], 256)] == [2, 1]
-    assert torch.equal(pack([long]).attention_mask[0], torch.ones(900, 900, dtype=torch.bool).tril())
+    assert torch.equal(pack([long]).attention_mask()[0], torch.ones(900, 900, dtype=torch.bool).tril())

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from loramill.data.encoding import EncodedExample
@@ -116,6 +124,15 @@ def test_only_supported_models_use_the_attention_for_short_rows() -> None:
 
 
 CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 
 
 def laid_out(prefix: int, lengths: Sequence[int]) -> list[EncodedExample]:
@@ -147,7 +164,7 @@ def test_attention_over_a_layout_equals_attention_with_its_mask(
 
     inputs = [drawn(heads), drawn(kv_heads), drawn(kv_heads)]
     exact = [each.detach().float().requires_grad_(True) for each in inputs]
-    mask = torch.zeros(count, 1, tokens, tokens).masked_fill(~rows.attention_mask[:, None], -math.inf)
+    mask = torch.zeros(count, 1, tokens, tokens).masked_fill(~rows.attention_mask()[:, None], -math.inf)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
     theirs, _ = eager_attention_forward(module, *exact, mask, 24**-0.5)  # type: ignore[arg-type]
     ours, _ = attend_varlen(module, *inputs, None, 24**-0.5, row_layout=VarlenLayout.of(rows, CPU))  # type: ignore[arg-type]
@@ -223,24 +240,26 @@ def test_a_model_without_a_mask_has_the_loss_and_gradients_of_one_with_a_mask(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def windowed_model() -> PreTrainedModel:
+WINDOWED: dict[str, Any] = {
+    "mistral": MistralConfig(sliding_window=8, **SMALL),
+    "mistral, types unused": MistralConfig(sliding_window=8, layer_types=["full_attention"] * 2, **SMALL),
+    "qwen2": Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, **SMALL),
+    "gemma2": Gemma2Config(sliding_window=8, head_dim=8, **SMALL),
+    "gemma3": Gemma3TextConfig(sliding_window=8, head_dim=8, sliding_window_pattern=2, **SMALL),
+    "no window": Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=2, **SMALL),
+    "long window": MistralConfig(sliding_window=99, **SMALL),
+}
+
+
+def windowed_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig(vocab_size=64, num_hidden_layers=2, sliding_window=8, **sizes)
-    return MistralForCausalLM(config).requires_grad_(False).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(WINDOWED[name])
+    return model.requires_grad_(False).eval()
 
 
-def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = windowed_model(), random_examples(6, weighed=True)
-    assert max(len(example.tokens) for example in examples) > 8
-    monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
-    assert attention_window(model) is None  # a mask has no window
-    with configured_forward(model, 300, checkpointing=False):
-        assert attention_window(model) == 8
-        together, _ = loss_and_accuracy(model, model, examples, 1.0, packing=True)
-        alone = [loss_and_accuracy(model, model, [example], 1.0, packing=True)[0] for example in examples]
-    torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-5)
-    model.set_attn_implementation("eager")  # transformers makes the mask of the window
+def loss_of_transformers(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> torch.Tensor:
+    """The summed loss of each example alone, by the attention and the masks of transformers."""
+    model.set_attn_implementation("eager")
     losses = []
     for example in examples:
         tokens = torch.tensor([example.tokens])
@@ -248,7 +267,35 @@ def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pyte
         for span in example.spans:
             part = slice(span.start - 1, span.stop - 1)
             losses.append(span.weight * F.cross_entropy(logits[part], tokens[0, 1:][part], reduction="sum"))
-    torch.testing.assert_close(together, sum(losses), rtol=1e-5, atol=1e-5)
+    return torch.stack(losses).sum()
+
+
+def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = windowed_model("mistral"), random_examples(6, weighed=True)
+    assert max(len(example.tokens) for example in examples) > 8
+    monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
+    assert attention_window(model) is None  # masks go by positions
+    with configured_forward(model, 300, checkpointing=False):
+        assert attention_window(model) == 8
+        together, _ = loss_and_accuracy(model, model, examples, 1.0, packing=True)
+        alone = [loss_and_accuracy(model, model, [example], 1.0, packing=True)[0] for example in examples]
+    torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, loss_of_transformers(model, examples), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [300, 3000], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_cpu_trains_with_the_windows_of_transformers(name: str, packing: bool, longest: int) -> None:
+    model, examples = windowed_model(name), random_examples(6, weighed=True)
+    weights = [layer.self_attn.k_proj.weight.requires_grad_(True) for layer in model.model.layers]
+    with configured_forward(model, longest, checkpointing=False):
+        ours, _ = loss_and_accuracy(model, model, examples, 1.0, packing=packing)
+        gradients = torch.autograd.grad(ours, weights)
+    theirs = loss_of_transformers(model, examples)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for own, other in zip(gradients, torch.autograd.grad(theirs, weights), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
