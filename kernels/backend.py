@@ -158,6 +158,18 @@ class Backend(Protocol):
     ) -> None:
         """Applies each run's adapter of an embedding; see `loramill.kernels.embedding.adapt_embedding`."""
 
+    def pack_experts(self, weights: torch.Tensor) -> Weight:
+        """Converts matrices [experts, d_out, d_in] to the layout of `grouped_linear`: `data` has one more axis."""
+
+    def grouped_linear(self, x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
+        """`linear` of each expert for its own rows of x [rows, d_in]; returns [rows, d_out].
+
+        Args:
+            x: The rows of the first expert, followed by those of the second, and so on.
+            weights: From `pack_experts`.
+            ends: int32 [experts], on x's device: the end of each expert's rows.
+        """
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
         """`x / sqrt(mean(x ** 2) + eps) * (weight + offset)` over the last axis of x [..., d].
 
@@ -209,7 +221,14 @@ class Backend(Protocol):
         """
 
     def attention(
-        self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv: LayerKV,
+        pages: Pages,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> torch.Tensor:
         """Attention of each row to its sequence's positions up to its own, after `rope_write`.
 
@@ -220,6 +239,7 @@ class Backend(Protocol):
             pages: The paging of the step.
             scale: Factor of the scores.
             window: Number of positions that a row sees, including its own; None: all.
+            cap: Scores become `cap * tanh(score / cap)`, as in Gemma 2; None: they are not capped.
 
         Returns:
             [rows, heads * head_dim].

@@ -64,6 +64,17 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
     return y
 
 
+def pack_experts(weights: torch.Tensor) -> Weight:
+    """Returns the matrices [experts, d_out, d_in] unchanged."""
+    return Weight(weights, weights.dtype, *weights.shape[1:])
+
+
+def grouped_linear(x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
+    """`linear` of each expert for its own rows."""
+    expert_of = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    return torch.einsum("roi,ri->ro", weights.data[expert_of].float(), x.float()).to(x.dtype)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """Root mean square normalization times the weight [d] (Zhang and Sennrich 2019, equation 4)."""
     wide = x.float()
@@ -129,7 +140,13 @@ def rope_write(
 
 
 def attention(
-    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+    qkv: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    pages: Pages,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """`softmax(scale * q k^T) v` (Vaswani et al. 2017, equation 1), row by row."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
@@ -142,6 +159,8 @@ def attention(
         for stop in range(span.start + 1, span.stop + 1):
             seen = slice(0 if window is None else max(0, stop - window), stop)
             scores = scale * queries[row] @ keys[:, seen].mT
+            if cap is not None:
+                scores = cap * (scores / cap).tanh()
             out[row] = scores.softmax(-1) @ values[:, seen]
             row += 1
     return out.flatten(1).to(qkv.dtype)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from loramill.kernels import embedding, varlen
+from loramill.kernels import capped, embedding, varlen
 from loramill.kernels.adapter import ROWS, Layout
 from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
@@ -90,6 +91,38 @@ def adapted_linear(x: torch.Tensor, weight: Weight, slab: SiteSlab, batch: Batch
     return y
 
 
+def pack_experts(weights: torch.Tensor) -> Weight:
+    """Returns the matrices [experts, d_out, d_in] unchanged."""
+    return Weight(weights, weights.dtype, *weights.shape[1:])
+
+
+def grouped_linear(x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
+    """`linear` of each expert for its own rows: one kernel where torch has one, else expert by expert."""
+    if has_grouped_kernel(x.device, x.dtype, weights):
+        y: torch.Tensor = torch._grouped_mm(x, weights.data.mT, offs=ends)
+        return y
+    y = torch.empty(len(x), weights.d_out, dtype=x.dtype, device=x.device)
+    for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        if start < end:
+            y[start:end] = F.linear(x[start:end], weights.data[expert])
+    return y
+
+
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype, weights: Weight) -> bool:
+    """Whether `grouped_linear` is one kernel, which reads `ends` on the device.
+
+    `torch._grouped_mm` has one for compute capabilities 9.x and 10.x, in bfloat16 and for rows of whole 16 bytes (read
+    in torch 2.10 to 2.13); elsewhere it copies `offs` to the host and multiplies expert by expert, too.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] in (9, 10)
+        and dtype == torch.bfloat16
+        and weights.d_in % 8 == 0
+        and weights.d_out % 8 == 0
+    )
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """Normalizes the last axis of x [..., d]."""
     if offset:
@@ -152,27 +185,43 @@ def rope_write(
 
 
 def attention(
-    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+    qkv: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    pages: Pages,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention of each row to its sequence's positions; returns [rows, heads * head_dim]."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     out = torch.empty(len(qkv), heads * kv.head_dim, dtype=qkv.dtype, device=qkv.device)
-    _attend_decodes(qkv, out, heads, kv, pages, scale, window)
-    attend_prefills(qkv, out, heads, kv, pages, scale, window)
+    _attend_decodes(qkv, out, heads, kv, pages, scale, window, cap)
+    attend_prefills(qkv, out, heads, kv, pages, scale, window, cap)
     return out
 
 
 def attend_prefills(
-    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    pages: Pages,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
 ) -> None:
     """`attention` for sequences with several rows, written to their rows of out [rows, heads * head_dim]."""
-    if qkv.device.type == "cuda" and varlen.is_supported(qkv.dtype, kv.head_dim):
+    if cap is None and qkv.device.type == "cuda" and varlen.is_supported(qkv.dtype, kv.head_dim):
         attend_prefills_together(qkv, out, heads, kv, pages, scale, window)
         return
     prefills = _prefills(pages, window, qkv.device)
     q, results = (part[:, : heads * kv.head_dim].view(len(qkv), heads, kv.head_dim) for part in (qkv, out))
     for prefill in prefills:
         keys, values = (_gather(part, prefill.blocks, 1)[:, : prefill.length] for part in (kv.keys, kv.values))
+        if cap is not None:
+            results[prefill.rows] = capped.attend_last(q[prefill.rows], keys[0], values[0], scale, cap, window)
+            continue
         done = F.scaled_dot_product_attention(
             q[prefill.rows].transpose(0, 1)[None], keys.transpose(1, 2), values.transpose(1, 2),
             attn_mask=prefill.mask, is_causal=prefill.mask is None, scale=scale, enable_gqa=True,
@@ -197,7 +246,14 @@ def attend_prefills_together(
 
 
 def _attend_decodes(
-    qkv: torch.Tensor, out: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    pages: Pages,
+    scale: float,
+    window: int | None,
+    cap: float | None,
 ) -> None:
     """`attention` for sequences with one row, written to their rows of out."""
     # The query heads of one KV head take the axis of query positions, so that nothing is repeated.
@@ -208,9 +264,12 @@ def _attend_decodes(
         for gathered in (keys, values):
             # A masked position is still multiplied by zero, which another sequence's NaN would survive.
             gathered.flatten(0, 1).index_fill_(0, decode.stale, 0)
-        results[decode.rows] = F.scaled_dot_product_attention(
-            q[decode.rows], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=decode.mask, scale=scale
-        )
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if cap is None:
+            done = F.scaled_dot_product_attention(q[decode.rows], keys, values, attn_mask=decode.mask, scale=scale)
+        else:
+            done = capped.attend(q[decode.rows], keys, values, decode.mask, scale, cap)
+        results[decode.rows] = done
 
 
 @dataclass(frozen=True, slots=True)

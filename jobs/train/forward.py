@@ -167,14 +167,17 @@ def configured_forward(
 
 
 def _attention(model: PreTrainedModel, longest: int, *, masked: bool, deterministic: bool) -> str | None:
-    """The name of the fastest attention for rows of `longest` tokens; None for the model's own."""
-    served = type(model).__name__ in NATIVE_ARCHITECTURES
-    if model.device.type == "cpu":
-        return None if longest > MAX_EAGER_TOKENS else attention.IMPLEMENTATION_NAME if served else "eager"
+    """The name of the fastest attention for rows of `longest` tokens; None for the model's own.
+
+    Scores with a cap, as Gemma 2 has them, are computed by transformers: neither `attend` nor FlashAttention has one.
+    """
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    fits = served and not capped and varlen.is_supported(model.dtype, head_dim, backward=True)
+    known = type(model).__name__ in NATIVE_ARCHITECTURES and not capped
+    if model.device.type == "cpu":
+        return None if longest > MAX_EAGER_TOKENS else attention.IMPLEMENTATION_NAME if known else "eager"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = known and varlen.is_supported(model.dtype, head_dim, backward=True)
     return attention.VARLEN_NAMES[deterministic] if fits and not masked else None
 
 

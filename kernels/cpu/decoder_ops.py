@@ -31,7 +31,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "add_rms_norm": [*[c_void_p] * 8, c_float],
     "silu_mul": [c_void_p] * 5,
     "rope_write": [c_void_p] * 12,
-    "attention": [*[c_void_p] * 14, c_float, c_void_p],
+    "attention": [*[c_void_p] * 14, c_float, c_float, c_void_p],
 }
 
 
@@ -139,6 +139,7 @@ def attention(
     pages: Pages,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention of each row to its sequence's positions; returns [rows, heads * head_dim]."""
     rows, columns = qkv.shape
@@ -151,7 +152,7 @@ def attention(
     library.attention(
         qkv.data_ptr(), ld, y.data_ptr(), kv.keys.data_ptr(), kv.values.data_ptr(), plan.blocks, plan.spans,
         plan.address, plan.count, heads, kv.kv_heads, kv.head_dim, kv.block_size,
-        UNLIMITED if window is None else window, scale, plan.scores * kv.head_dim,
+        UNLIMITED if window is None else window, scale, cap or 0.0, plan.scores * kv.head_dim,
     )  # fmt: skip
     return y
 

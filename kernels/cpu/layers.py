@@ -14,7 +14,7 @@ from loramill.errors import EngineFault
 from loramill.kernels.backend import LayerKV, Weight
 from loramill.kernels.cpu import decoder_ops
 from loramill.kernels.cpu.layout import OUTPUTS
-from loramill.kernels.layers import Layer, Linear, Stack, Step
+from loramill.kernels.layers import Layer, Linear, Mlp, Stack, Step
 from loramill.kernels.slab import SiteSlab, Slab
 
 
@@ -109,7 +109,7 @@ def run_layers(
     for angle in (step.cos, step.sin):
         if angle.shape != angles or angle.dtype != torch.float32 or not angle.is_contiguous():
             raise EngineFault(f"The angles are {angle.dtype} {list(angle.shape)}; they must be float32 {list(angles)}.")
-    columns, intermediate = stack.heads * kv.head_dim, first.down.weight.d_in
+    columns, intermediate = stack.heads * kv.head_dim, _mlp(first).down.weight.d_in
     widths = (first.qkv.weight.d_out, columns, 2 * intermediate, intermediate)
     h, room = torch.empty_like(x), x.new_empty(rows, sum(max(width, hidden) for width in widths))
     starts = [room.data_ptr()]
@@ -156,7 +156,8 @@ def _layers(stack: Stack, cache: Sequence[LayerKV], slab: Slab) -> ctypes.Array[
 
 def _layer(layer: Layer, next_norm: torch.Tensor, kv: LayerKV, slab: Slab) -> _Layer:
     norms = (layer.input_norm, layer.q_norm, layer.k_norm, layer.post_norm, next_norm)
-    linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    mlp = _mlp(layer)
+    linears = (layer.qkv, layer.o, mlp.gate_up, mlp.down)
     return _Layer(
         *(None if norm is None else norm.data_ptr() for norm in norms),
         *(_linear(linear, slab.views[linear.site]) for linear in linears),
@@ -164,6 +165,12 @@ def _layer(layer: Layer, next_norm: torch.Tensor, kv: LayerKV, slab: Slab) -> _L
         kv.values.data_ptr(),
         decoder_ops.UNLIMITED if layer.window is None else layer.window,
     )
+
+
+def _mlp(layer: Layer) -> Mlp:
+    """The MLP of a layer of a plain stack."""
+    assert isinstance(layer.mlp, Mlp)
+    return layer.mlp
 
 
 def _linear(linear: Linear, site: SiteSlab) -> _Linear:

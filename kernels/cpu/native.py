@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,23 @@ class Native:
         if failed:
             raise MemoryError
 
+    def pack_experts(self, weights: torch.Tensor) -> Weight:
+        """Converts the matrices [experts, d_out, d_in] to the layout of `linear`, one after the other."""
+        first = panels(weights[0])
+        packed = self._pool.allocate(len(weights) * first.nbytes).view(first.dtype).view(len(weights), *first.shape)
+        for place, weight in zip(packed, weights, strict=True):
+            place.copy_(panels(weight))
+        return Weight(packed, weights.dtype, *weights.shape[1:])
+
+    def grouped_linear(self, x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
+        """`linear` of each expert for its own rows."""
+        parts = [
+            self.linear(x[start:end], replace(weights, data=weights.data[expert]))
+            for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()]))
+            if start < end
+        ]
+        return torch.cat(parts) if parts else x.new_empty(0, weights.d_out)
+
     def adapt_embedding(
         self, tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float = 1.0
     ) -> None:
@@ -221,10 +239,17 @@ class Native:
         decoder_ops.rope_write(self._library(qkv.dtype), qkv, heads, cos, sin, kv, pages)
 
     def attention(
-        self, qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        kv: LayerKV,
+        pages: Pages,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> torch.Tensor:
         """Attention of each row to its sequence's positions."""
-        return decoder_ops.attention(self._library(qkv.dtype), qkv, heads, kv, pages, scale, window)
+        return decoder_ops.attention(self._library(qkv.dtype), qkv, heads, kv, pages, scale, window, cap)
 
     def run_layers(self, stack: Stack, x: torch.Tensor, cache: Sequence[LayerKV], step: Step) -> torch.Tensor:
         """Runs all layers in one call; see `loramill.kernels.layers.run_layers`."""

@@ -37,6 +37,7 @@ _HARMLESS = (
 #: What to do instead.
 _INSTEAD = {
     "modules_to_save": "train these modules as LoRA targets (target_modules) instead, or leave modules_to_save out",
+    "target_parameters": "experts can't have adapters; train the linears of attention (q_proj, k_proj, v_proj, o_proj)",
     "trainable_token_indices": "train embed_tokens as a LoRA target instead",
 }
 

@@ -1,8 +1,10 @@
 """The backend for NVIDIA GPUs: Triton kernels for all but the base's products and the attention of prompts."""
 
 from loramill.kernels.embedding import adapt_embedding as adapt_embedding
+from loramill.kernels.torch_backend import grouped_linear as grouped_linear
 from loramill.kernels.torch_backend import new_kv as new_kv
 from loramill.kernels.torch_backend import pack as pack
+from loramill.kernels.torch_backend import pack_experts as pack_experts
 from loramill.kernels.torch_backend import set_threads as set_threads
 from loramill.kernels.triton.attention import StaticPages as StaticPages
 from loramill.kernels.triton.attention import attention as attention

@@ -45,15 +45,21 @@ _ALL = 2**31 - 1
 
 
 def attention(
-    qkv: torch.Tensor, heads: int, kv: LayerKV, pages: Pages, scale: float, window: int | None = None
+    qkv: torch.Tensor,
+    heads: int,
+    kv: LayerKV,
+    pages: Pages,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Attention of each row to its sequence's positions; see `Backend.attention`."""
     pages.check(len(qkv), len(kv.keys), kv.block_size)
     out = torch.empty(len(qkv), heads * kv.head_dim, dtype=qkv.dtype, device=qkv.device)
     decodes = _decodes(pages, qkv.device)
     if len(decodes.table):
-        decode(qkv, out, heads, kv, decodes, scale, window)
-    torch_backend.attend_prefills(qkv, out, heads, kv, pages, scale, window)
+        decode(qkv, out, heads, kv, decodes, scale, window, cap)
+    torch_backend.attend_prefills(qkv, out, heads, kv, pages, scale, window, cap)
     return out
 
 
@@ -137,10 +143,11 @@ def decode(
     decodes: DecodeBatch,
     scale: float,
     window: int | None,
+    cap: float | None = None,
 ) -> None:
     """Writes the sequences' rows of out [rows, heads * head_dim]; other rows are unchanged."""
     sequences, group = len(decodes.table), heads // kv.kv_heads
-    launch = attend_launch(group, kv.head_dim, kv.block_size, qkv.itemsize, shared_memory(qkv.device))
+    launch = attend_launch(group, kv.head_dim, kv.block_size, qkv.itemsize, shared_memory(qkv.device), cap)
     splits = splits_of(sequences, kv.kv_heads)
     shape = (sequences, kv.kv_heads, group, splits)
     totals = torch.empty(*shape, launch.constants["DIM"], dtype=torch.float32, device=qkv.device)
@@ -168,11 +175,14 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int, shared: int) -> Launch:
+def attend_launch(
+    group: int, head_dim: int, block_size: int, itemsize: int, shared: int, cap: float | None = None
+) -> Launch:
     """The launch of `attend`, for `group` query heads per KV head and numbers of `itemsize` bytes.
 
     Args:
         shared: Bytes of shared memory of a multiprocessor.
+        cap: Of the scores; None: they are not capped.
     """
     # The matrix units take at least 16 rows and columns.
     dim = max(16, triton.next_power_of_2(head_dim))
@@ -183,6 +193,7 @@ def attend_launch(group: int, head_dim: int, block_size: int, itemsize: int, sha
         "DIM": dim,
         "BLOCK_SIZE": block_size,
         "KEYS": max(16, min(128, TILE // (dim * itemsize))),
+        "CAP": cap or 0.0,
     }
     stages = 3 if itemsize == 2 and shared >= DEEP else 2
     # float32 does not use the matrix units; with four warps it would have too few registers.

@@ -11,11 +11,14 @@ zeros, never another sequence's NaN.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 #: About the lowest float32, not -inf: a split whose scores are all -inf then has weights of zero instead of NaN.
 _LEAST = tl.constexpr(-3.4e38)
+_LOG2 = tl.constexpr(math.log(2))
 
 
 # The blocks follow a table of any length, so their alignment varies.
@@ -23,7 +26,7 @@ _LEAST = tl.constexpr(-3.4e38)
 def attend(
     qkv, keys, values, totals, peaks, table, blocks, scale, window, q_row,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence, for the query heads of one KV head.
 
@@ -35,6 +38,7 @@ def attend(
         table, blocks: See `DecodeBatch`.
         scale: Factor of the scores, divided by log 2.
         window: Number of positions that a row sees.
+        CAP: Scores, undivided, become CAP * tanh(score / CAP); 0: they are not capped.
     """
     entry = table + tl.program_id(0) * 3
     length = tl.load(entry + 1)
@@ -66,6 +70,8 @@ def attend(
         following = tl.load(own + ahead // BLOCK_SIZE, mask=(ahead < length) & (ahead >= length - window), other=0)
         k = tl.load(keys + place[None, :] + d[:, None], mask=seen[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
         score = tl.dot(q, k, input_precision="ieee") * scale
+        if CAP > 0:
+            score = _capped(score, CAP)
         score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, axis=1))
         shrunk = tl.exp2(peak - higher)
@@ -108,6 +114,13 @@ def combine(
     result = tl.sum(total * scale[:, None], axis=0) / weights
     target = out + tl.load(entry).to(tl.int64) * out_row + head * HEAD_DIM
     tl.store(target + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@triton.jit
+def _capped(score, CAP: tl.constexpr):
+    """CAP * tanh(score / CAP) of scores that are divided by log 2: tanh x = 1 - 2 / (exp(2 x) + 1)."""
+    # exp(2 x) = exp2(2 x / log 2), and x = score log 2 / CAP.
+    return (CAP / _LOG2) * (1.0 - 2.0 / (tl.exp2(score * (2.0 / CAP)) + 1.0))
 
 
 @triton.jit

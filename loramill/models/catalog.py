@@ -28,9 +28,20 @@ if TYPE_CHECKING:
     from loramill.kernels.peft_folder import BaseModules
     from loramill.kernels.quantization import Nf4Source, Quantization
 
-#: Architectures with a decoder of our own; the last two differ from the first in q/k/v biases and in q/k norms. Other
-#: causal language models are served through transformers.
-NATIVE_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+#: Architectures with a decoder of our own. Other causal language models are served through transformers.
+NATIVE_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+#: Those of them whose identity contains windows only if they are in use.
+_WINDOWS_IN_USE = NATIVE_ARCHITECTURES[:4]
+#: Native architectures with experts.
+EXPERT_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 #: Keys of config.json that only affect attention windows, which `fingerprint` regards as unused.
@@ -232,6 +243,10 @@ def _identify(name: str, folder: Path, cache: Path, quantization: Quantization) 
     """Checks a Hugging Face folder and computes its identity."""
     config = _read_config(folder)
     architecture = _check_architecture(config, folder)
+    if architecture in EXPERT_ARCHITECTURES and quantization != "none":
+        raise BaseUnusable(
+            f"{folder} is a mixture of experts, and experts can't be quantized: leave the setting `quantization` out."
+        )
     context = context_length(config)
     if context is None:
         raise BaseUnusable(f"{folder / 'config.json'} has no number in max_position_embeddings; add it.")
@@ -293,7 +308,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def _identity(config: Mapping[str, Any], architecture: str) -> Mapping[str, Any]:
     """The config for a fingerprint: with windows that are in use, and with the keys that are false where the default of
     another family may be true."""
-    if architecture in NATIVE_ARCHITECTURES:
+    if architecture in _WINDOWS_IN_USE:
         return (
             {**config, "windows": {key: config.get(key) for key in _WINDOWS}}
             if _uses_sliding_window(config)

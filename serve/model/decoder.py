@@ -1,4 +1,4 @@
-"""A decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3, by configuration."""
+"""A decoder for Llama, SmolLM2, Mistral, Qwen2, Qwen3, Qwen3 MoE, Gemma 2 and Gemma 3, by configuration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 from loramill.kernels import Backend, Batch, KVSpan, LayerKV, Pages, Site, Slab, Weight
 from loramill.kernels.embedding import batch_of_rows
-from loramill.kernels.layers import Linear, Stack, Step, run_layers
+from loramill.kernels.experts import Experts
+from loramill.kernels.layers import Linear, Mlp, Stack, Step, run_layers
 from loramill.kernels.memory import to_device
+from loramill.kernels.torch_backend import has_grouped_kernel
 from loramill.serve.model.config import DecoderConfig
 from loramill.serve.model.norms import MergedNorms
 from loramill.serve.model.protocol import Chunk, logits_rows
@@ -54,9 +56,19 @@ class Decoder:
         self._weights = weights
         self._targets = _targets(weights, self.sites)
         self._backend = backend
+<<<<<<< HEAD
         self._norms = MergedNorms(self.device)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
         self._amplitude = amplitude(config.rope)
+=======
+        self._ropes = [
+            (inverse_frequencies(rope, config.head_dim).to(self.device), amplitude(rope))
+            for rope in (config.rope, config.local_rope)
+            if rope is not None
+        ]
+        # Rounded, as transformers does it.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
+>>>>>>> 355f9be (kernels, serve: Gemma 2, Gemma 3 and Qwen3 MoE in the decoder)
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""
@@ -98,6 +110,13 @@ class Decoder:
         """See `Model.asynchronous`."""
         return self.device.type != "cpu"
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step on a GPU reads nothing back, so that a graph can replay it."""
+        mlps = [layer.mlp for layer in self._weights.stack.layers]
+        experts = [weights for mlp in mlps if isinstance(mlp, Experts) for weights in (mlp.gate_up, mlp.down)]
+        return all(has_grouped_kernel(self.device, self.dtype, weights) for weights in experts)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -127,13 +146,16 @@ class Decoder:
             numbers = np.array([token for chunk in chunks for token in chunk.tokens], np.int64)
             tokens = to_device(numbers, self.device)
         x = self._backend.embed(tokens, weights.embedding)
-        self._backend.adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch)
+        if self._embedding_scale != 1.0:
+            x.mul_(self._embedding_scale)
+        self._backend.adapt_embedding(tokens, x, slab.views[weights.embedding_site], batch, self._embedding_scale)
         return x
 
     def layers(self, x: torch.Tensor, cache: Sequence[LayerKV], pages: Pages, slab: Slab, batch: Batch) -> torch.Tensor:
         """The normalized states [rows, hidden] after all layers; x [rows, hidden] becomes the residual."""
-        rotation = angles(pages.on(self.device).positions, self._frequencies, self._amplitude)
-        return run_layers(self._backend, self._weights.stack, x, cache, Step(*rotation, pages, slab, batch))
+        positions = pages.on(self.device).positions
+        rotation, *local = (angles(positions, *rope) for rope in self._ropes)
+        return run_layers(self._backend, self._weights.stack, x, cache, Step(*rotation, pages, slab, batch, *local))
 
     def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
         """The logits that the chunks need, float32 [logits, vocabulary], of the states [rows, hidden]."""
@@ -141,15 +163,23 @@ class Decoder:
         if len(rows) < len(h):
             h = h[to_device(np.array(rows, np.int64), self.device)]
         view = slab.views[head.site]
-        return self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, rows, view)).float()
+        logits = self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, rows, view)).float()
+        cap = self.config.head_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _targets(weights: DecoderWeights, sites: Sequence[Site]) -> dict[str, tuple[Weight, int, int]]:
     """Where each module's weight is: the matrix into which it was fused, its first row and its number of rows."""
     embedding = sites[weights.embedding_site].modules[0]
     targets = {embedding: (weights.embedding, 0, weights.embedding.d_out)}
-    of_layers = [linear for layer in weights.stack.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    for linear in (*of_layers, weights.head):
+    of_layers = [linear for layer in weights.stack.layers for linear in (layer.qkv, layer.o)]
+    of_mlps = [
+        linear
+        for layer in weights.stack.layers
+        if isinstance(layer.mlp, Mlp)
+        for linear in (layer.mlp.gate_up, layer.mlp.down)
+    ]
+    for linear in (*of_layers, *of_mlps, weights.head):
         start = 0
         for module, width in zip(sites[linear.site].modules, sites[linear.site].widths, strict=True):
             targets[module] = (linear.weight, start, width)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from loramill.errors import BaseUnusable, SetupError
 from loramill.gpus import fp8_problem
 from loramill.kernels import Backend, Quantized, Site, Weight, backend
-from loramill.kernels.layers import Layer, Linear, Stack
+from loramill.kernels.experts import Experts
+from loramill.kernels.layers import Layer, Linear, Mlp, Stack
 from loramill.kernels.quantization import (
     Nf4Source,
     ServedQuantization,
@@ -24,7 +25,7 @@ from loramill.kernels.quantization import (
     quantize,
     unpack_nf4,
 )
-from loramill.serve.model.config import DecoderConfig, read_config
+from loramill.serve.model.config import DecoderConfig, ExpertsConfig, read_config
 from loramill.serve.model.decoder import Decoder, DecoderWeights
 from loramill.serve.model.graphs import GraphedDecoder
 from loramill.serve.model.protocol import Model
@@ -81,7 +82,15 @@ def load_model(
         folder, dtype=dtype, quantization=quantization, threads=threads, device=device, nf4_source=nf4_source
     )
     log.info("base loaded by the decoder: %s", folder)
-    return GraphedDecoder(decoder) if device == "cuda" and backend(device).name == "triton" else decoder
+    if device != "cuda" or backend(device).name != "triton":
+        return decoder
+    if not decoder.capturable:
+        log.warning(
+            "decodes of this mixture of experts run without CUDA graphs: torch has a kernel for all experts only "
+            "for compute capability 9.x and 10.x, in bfloat16"
+        )
+        return decoder
+    return GraphedDecoder(decoder)
 
 
 def load_decoder(
@@ -162,7 +171,7 @@ class _Tensors:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
-        self._device = device
+        self.device = device
         self._folder = folder
         self._owners: dict[str, Path] = {}
         for path in _weight_files(folder):
@@ -173,7 +182,7 @@ class _Tensors:
     def take(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self._owners:
             raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json requires.")
-        taken = torch.empty(shape, dtype=self.dtype, device=self._device)
+        taken = torch.empty(shape, dtype=self.dtype, device=self.device)
         rows = max(1, _PIECE * shape[0] // taken.numel())
         for start in range(0, shape[0], rows):
             # The pages read from a mapped file count as this process's memory until the file is closed.
@@ -227,7 +236,9 @@ def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear)
     norm = tensors.take("model.norm.weight", c.hidden)
     sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
     sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,), head=True))
-    stack = Stack(tuple(layers), norm, c.heads, c.norm_eps)
+    # None where it is the rule, so that all layers can run in one call.
+    scale = None if c.attention_scale == c.head_dim**-0.5 else c.attention_scale
+    stack = Stack(tuple(layers), norm, c.heads, c.norm_eps, c.norm_offset, c.activation, scale, c.attention_cap)
     return DecoderWeights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
 
 
@@ -249,18 +260,42 @@ def _build_layer(
         packed = _pack(weights, tensors.dtype, ops)
         return Linear(packed, torch.cat(biases) if biases else None, len(sites) - 1)
 
+    def norm(name: str, width: int = c.hidden) -> torch.Tensor:
+        return tensors.take(f"{prefix}.{name}.weight", width)
+
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    qkv = fuse("self_attn", c.hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
+    o = fuse("self_attn", queries, {"o_proj": c.hidden})
+    mlp: Mlp | Experts
+    if c.experts is not None and c.experts.layers[index]:
+        mlp = _build_experts(c.experts, c.hidden, tensors, ops, f"{prefix}.mlp")
+    else:
+        gate_up = fuse("mlp", c.hidden, {"gate_proj": c.intermediate, "up_proj": c.intermediate})
+        mlp = Mlp(gate_up, fuse("mlp", c.intermediate, {"down_proj": c.hidden}))
     return Layer(
-        input_norm=tensors.take(f"{prefix}.input_layernorm.weight", c.hidden),
-        qkv=fuse("self_attn", c.hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),
-        q_norm=tensors.take(f"{prefix}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
-        k_norm=tensors.take(f"{prefix}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
-        o=fuse("self_attn", queries, {"o_proj": c.hidden}),
-        post_norm=tensors.take(f"{prefix}.post_attention_layernorm.weight", c.hidden),
-        gate_up=fuse("mlp", c.hidden, {"gate_proj": c.intermediate, "up_proj": c.intermediate}),
-        down=fuse("mlp", c.intermediate, {"down_proj": c.hidden}),
+        input_norm=norm("input_layernorm"),
+        qkv=qkv,
+        q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
+        o=o,
+        post_norm=norm("pre_feedforward_layernorm" if c.sandwiched else "post_attention_layernorm"),
+        mlp=mlp,
         window=c.windows[index],
+        attention_norm=norm("post_attention_layernorm") if c.sandwiched else None,
+        mlp_norm=norm("post_feedforward_layernorm") if c.sandwiched else None,
     )
+
+
+def _build_experts(c: ExpertsConfig, hidden: int, tensors: _Tensors, ops: Backend, prefix: str) -> Experts:
+    gate_up = torch.empty(c.count, 2 * c.intermediate, hidden, dtype=tensors.dtype, device=tensors.device)
+    down = torch.empty(c.count, hidden, c.intermediate, dtype=tensors.dtype, device=tensors.device)
+    for expert in range(c.count):
+        name = f"{prefix}.experts.{expert}"
+        gate_up[expert, : c.intermediate] = tensors.take(f"{name}.gate_proj.weight", c.intermediate, hidden)
+        gate_up[expert, c.intermediate :] = tensors.take(f"{name}.up_proj.weight", c.intermediate, hidden)
+        down[expert] = tensors.take(f"{name}.down_proj.weight", hidden, c.intermediate)
+    router = ops.pack(tensors.take(f"{prefix}.gate.weight", c.count, hidden))
+    return Experts(router, ops.pack_experts(gate_up), ops.pack_experts(down), c.top_k, c.normalized)
 
 
 def _trim_heap() -> None:

@@ -57,10 +57,11 @@ def lora(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
 
 
 def attend_configuration(
-    gpu: Gpu, dtype: torch.dtype, head_dim: int, group: int, block_size: int = 16
+    gpu: Gpu, dtype: torch.dtype, head_dim: int, group: int, block_size: int = 16, cap: float | None = None
 ) -> Configuration:
     """Decode attention over one split."""
-    launch = attention_host.attend_launch(group, head_dim, block_size, dtype.itemsize, gpu.per_multiprocessor << 10)
+    memory = gpu.per_multiprocessor << 10
+    launch = attention_host.attend_launch(group, head_dim, block_size, dtype.itemsize, memory, cap)
     return configuration(
         launch, attention_host.attend, dtype,
         in_dtype=("qkv", "keys", "values"),
@@ -71,7 +72,8 @@ def attend_configuration(
 
 
 def attention(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
-    """Decode attention, and the sum of its splits."""
+    """Decode attention, also with the cap of Gemma 2, and the sum of its splits."""
+    yield attend_configuration(gpu, dtype, 256, 2, cap=50.0)
     for head_dim, group in HEADS:
         attend = attend_configuration(gpu, dtype, head_dim, group)
         yield attend

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.kernels import KVSpan, Pages
+from loramill.kernels import KVSpan, Pages, capped
 from loramill.kernels.memory import ALIGNMENT, HUGE_PAGE
 
 from .conftest import BACKENDS, NATIVE, open_backend
@@ -73,12 +72,12 @@ class World:
     def qkv(self, rows):
         return self.draw(rows, (self.heads + 2 * self.kv_heads) * self.head_dim)
 
-    def step(self, sequences, counts, window=None, qkv=None):
+    def step(self, sequences, counts, window=None, qkv=None, cap=None):
         """Runs the backend; returns its output and the expected one."""
         q, qkv, pages = self.extend(sequences, counts, qkv)
         parts = zip(q.split(counts, dim=1), sequences, strict=True)
-        expected = torch.cat([self.attend(part, sequence, window) for part, sequence in parts])
-        return self.backend.attention(qkv, self.heads, self.kv[1], pages, self.scale, window), expected
+        expected = torch.cat([self.attend(part, sequence, window, cap) for part, sequence in parts])
+        return self.backend.attention(qkv, self.heads, self.kv[1], pages, self.scale, window, cap), expected
 
     def extend(self, sequences, counts, qkv=None):
         """Writes keys and values; returns the oracle's queries, and those of the backend in qkv with their pages."""
@@ -99,12 +98,14 @@ class World:
         parts = qkv.view(len(qkv), -1, self.head_dim).transpose(0, 1)
         return parts.split([self.heads, self.kv_heads, self.kv_heads])
 
-    def attend(self, q, sequence, window):
+    def attend(self, q, sequence, window, cap):
         mask = torch.ones(q.shape[1], sequence.length, dtype=torch.bool).tril(sequence.length - q.shape[1])
         if window is not None:
             mask &= mask.new_ones(mask.shape).triu(sequence.length - q.shape[1] - window + 1)
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 0) for x in (sequence.keys, sequence.values))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).transpose(0, 1).flatten(1)
+        scores = q @ k.mT * self.scale
+        scores = scores if cap is None else cap * (scores / cap).tanh()
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
 def turned(x):
@@ -146,6 +147,28 @@ def test_a_window(name, dtype, window):
     near(*world.step(sequences, [150, 20, 64], window), dtype)
     near(*world.step(sequences, [1, 40, 1], window), dtype)
     near(*world.step(sequences, [1, 1, 1], window), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_capped_scores(name, dtype, window, monkeypatch):
+    # So few that the rows of a prompt are computed in parts.
+    monkeypatch.setattr(capped, "SCORES", 6 * 100 * 40)
+    world = World(name, dtype)
+    sequences = [world.sequence() for _ in range(3)]
+    for counts in ([90, 20, 64], [1, 60, 1], [1, 1, 1]):
+        qkv = world.qkv(sum(counts))
+        world.split(qkv)[0].mul_(8)  # scores beyond the cap
+        near(*world.step(sequences, counts, window, qkv, cap=5.0), dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_capped_scores_of_any_size(name):
+    world = World(name, torch.float32)
+    qkv = world.qkv(140)
+    world.split(qkv)[0].mul_(1000)  # exp(score) overflows
+    near(*world.step([world.sequence()], [140], None, qkv, cap=2.0), torch.float32, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

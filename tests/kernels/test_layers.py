@@ -7,7 +7,7 @@ import torch
 
 from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, KVSpan, Pages, Site, Slab
-from loramill.kernels.layers import Layer, Linear, Stack, Step, run_layers, run_one_by_one
+from loramill.kernels.layers import Layer, Linear, Mlp, Stack, Step, run_layers, run_one_by_one
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ def build(ops, shape: Shape, dtype: torch.dtype) -> tuple[Stack, list[Site]]:
             k_norm=norm(shape.head_dim) if shape.qk_norm else None,
             o=linear("o", q, shape.hidden),
             post_norm=norm(shape.hidden),
-            gate_up=linear("gate_up", shape.hidden, shape.intermediate, shape.intermediate),
-            down=linear("down", shape.intermediate, shape.hidden),
+            mlp=Mlp(
+                linear("gate_up", shape.hidden, shape.intermediate, shape.intermediate),
+                linear("down", shape.intermediate, shape.hidden),
+            ),
             window=shape.window if index % 2 == 0 else None,
         )
         for index in range(LAYERS)

@@ -7,7 +7,6 @@ import importlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
@@ -97,7 +96,7 @@ class World:
     def pages(self, numbers):
         return Pages.of([self.span(number) for number in numbers], self.block_size)
 
-    def expected(self, queries, number, window):
+    def expected(self, queries, number, window, cap=None):
         """Float64 [count, heads * head_dim]; the queries belong to the sequence's last positions."""
         k, v = (part.double().transpose(0, 1).repeat_interleave(self.group, 0) for part in self.content[number])
         q = queries[:, : self.heads * self.head_dim].double().view(len(queries), self.heads, self.head_dim)
@@ -105,11 +104,12 @@ class World:
         mask = mask.tril(self.lengths[number] - len(queries))
         if window is not None:
             mask &= mask.new_ones(mask.shape).triu(self.lengths[number] - len(queries) - window + 1)
-        done = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask, scale=self.scale)
-        return done.transpose(0, 1).flatten(1)
+        scores = q.transpose(0, 1) @ k.mT * self.scale
+        scores = scores if cap is None else cap * (scores / cap).tanh()
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1).flatten(1)
 
-    def check(self, got, qkv, numbers, window):
-        expected = torch.cat([self.expected(qkv[row : row + 1], n, window) for row, n in enumerate(numbers)])
+    def check(self, got, qkv, numbers, window, cap=None):
+        expected = torch.cat([self.expected(qkv[row : row + 1], n, window, cap) for row, n in enumerate(numbers)])
         assert got.dtype == self.dtype
         assert_near(got, expected)
 
@@ -120,9 +120,10 @@ def assert_near(got, expected):
     assert error.max() <= limit, f"rows off by {error.tolist()}, not {limit}"
 
 
-def attend(world, numbers, window=None):
+def attend(world, numbers, window=None, cap=None):
     qkv = world.qkv(len(numbers))
-    world.check(attention(qkv, world.heads, world.kv, world.pages(numbers), world.scale, window), qkv, numbers, window)
+    got = attention(qkv, world.heads, world.kv, world.pages(numbers), world.scale, window, cap)
+    world.check(got, qkv, numbers, window, cap)
 
 
 GRID = [(head_dim, group) for head_dim in (64, 80, 128) for group in (1, 3, 4, 8)]
@@ -144,6 +145,15 @@ def test_decodes_of_all_lengths(head_dim, group):
 def test_windows_and_splits(window, splits, monkeypatch):
     monkeypatch.setattr(host, "SPLITS", splits)
     attend(World((600, 1, 257), torch.float32, group=2, kv_heads=1, head_dim=32), [1, 0, 2], window)
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.float16, 40)])
+def test_capped_scores(dtype, window):
+    world = World((150, 1, 40), dtype, group=2, kv_heads=1, head_dim=32)
+    world.scale *= 8  # scores beyond the cap
+    attend(world, range(3), window, cap=3.0)
+    world.scale *= 1000  # exp(score) overflows
+    attend(world, range(3), window, cap=3.0)
 
 
 @pytest.mark.parametrize(("group", "head_dim", "block_size"), [(17, 16, 16), (1, 8, 8), (5, 250, 48), (2, 34, 1)])

@@ -31,7 +31,7 @@ typedef struct {
     const span *spans;
     const unit *units;
     int64_t ldq, heads, kv_heads, head_dim, block_size, window;
-    float scale;
+    float scale, cap;  // cap: 0 for none
 } task;
 
 // The arguments of a unit of work at one KV head.
@@ -102,6 +102,16 @@ static void scores(int rows, int groups, const element *q, const place *p, int64
         break;
     switch (rows) { EACH_ROW_COUNT(CASE) }
 #undef CASE
+}
+
+// s = cap * tanh(s / cap), as cap - 2 cap / (exp(2 s / cap) + 1).
+static void cap_scores(int rows, int groups, float cap, float *s) {
+    const vec by = splat(2.0f / cap), most = splat(cap), twice = splat(2.0f * cap), one = splat(1.0f);
+    for (int m = 0; m < rows; m++)
+        for (int g = 0; g < groups; g++) {
+            float *at = s + m * TILE + g * LANES;
+            store_floats(at, sub(most, quotient(twice, add(exponential(mul(load_floats(at), by)), one))));
+        }
 }
 
 // Lanes `from` to `to` of a, the others of b.
@@ -215,6 +225,7 @@ static void tile(const task *t, const work *w, int64_t position, const place *he
     for (int i = 0; i < pieces; i++) {  // tiles of nearly equal height
         const int top = count * i / pieces, rows = count * (i + 1) / pieces - top;
         scores(rows, groups, now->q + top * t->head_dim, here, t->head_dim, t->scale, s);
+        if (t->cap > 0) cap_scores(rows, groups, t->cap, s);
         for (int m = 0; m < rows; m++) {
             // Without this prefetch, memory would be idle during the softmax.
             for (int64_t line = 0; i == 0 && line < SOON && line < t->head_dim / PAIR; line++)
@@ -269,7 +280,9 @@ static void run(const void *arguments, int64_t from, int64_t to) {
 
 void attention(const element *q, int64_t ldq, element *y, const element *keys, const element *values,
                const int32_t *blocks, const span *spans, const unit *units, int64_t count, int64_t heads,
-               int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t window, float scale, int64_t cost) {
-    const task t = {q, keys, values, y, blocks, spans, units, ldq, heads, kv_heads, head_dim, block_size, window, scale};
+               int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t window, float scale, float cap,
+               int64_t cost) {
+    const task t = {q,   keys,  values,   y,        blocks,     spans,  units, ldq,
+                    heads, kv_heads, head_dim, block_size, window, scale, cap};
     share(run, &t, count * kv_heads, cost);
 }

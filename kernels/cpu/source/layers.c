@@ -70,7 +70,7 @@ int run_layers(const layer *layers, int64_t count, const step *s) {
         rope_write(s->qkv, ld, s->rows, s->queries, s->kv_heads, s->head_dim, s->cos, s->sin, l->keys, l->values,
                    s->slots, s->block_size);
         attention(s->qkv, ld, s->heads, l->keys, l->values, s->blocks, s->spans, s->units, s->unit_count, s->queries,
-                  s->kv_heads, s->head_dim, s->block_size, l->window, (float)s->scale, s->score_cost);
+                  s->kv_heads, s->head_dim, s->block_size, l->window, (float)s->scale, 0, s->score_cost);
         failed |= apply(&l->o, s, s->heads, s->h);
         add_rms_norm(s->x, s->hidden, s->h, s->hidden, l->post_norm, s->inner, s->rows, s->hidden, eps);
         failed |= apply(&l->gate_up, s, s->inner, s->gate_up);

@@ -46,4 +46,4 @@ void rope_write(element *qkv, int64_t ldq, int64_t rows, int64_t heads, int64_t 
                 int64_t block_size);
 void attention(const element *q, int64_t ldq, element *y, const element *keys, const element *values,
                const int32_t *blocks, const span *spans, const unit *units, int64_t count, int64_t heads,
-               int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t window, float scale, int64_t cost);
+               int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t window, float scale, float cap, int64_t cost);

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
@@ -246,6 +247,14 @@ WINDOWED: dict[str, Any] = {
     "qwen2": Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, **SMALL),
     "gemma2": Gemma2Config(sliding_window=8, head_dim=8, **SMALL),
     "gemma3": Gemma3TextConfig(sliding_window=8, head_dim=8, sliding_window_pattern=2, **SMALL),
+    "qwen3 moe": Qwen3MoeConfig(
+        use_sliding_window=True,
+        sliding_window=8,
+        moe_intermediate_size=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        **SMALL,
+    ),
     "no window": Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=2, **SMALL),
     "long window": MistralConfig(sliding_window=99, **SMALL),
 }
@@ -270,8 +279,9 @@ def loss_of_transformers(model: PreTrainedModel, examples: Sequence[EncodedExamp
     return torch.stack(losses).sum()
 
 
-def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = windowed_model("mistral"), random_examples(6, weighed=True)
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3"])
+def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model, examples = windowed_model(name), random_examples(6, weighed=True)
     assert max(len(example.tokens) for example in examples) > 8
     monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
     assert attention_window(model) is None  # masks go by positions

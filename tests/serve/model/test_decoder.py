@@ -3,7 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from loramill.kernels import Batch, Delta, backend
 from loramill.serve.model import Chunk, load_decoder
@@ -25,6 +33,8 @@ YARN = {
     "beta_slow": 0.5,
     "original_max_position_embeddings": 32,
 }
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 19}
+MOE = {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "llama tied, biased": LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -57,6 +67,25 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "qwen3 biased": Qwen3Config(**SMALL, head_dim=16, attention_bias=True, rope_parameters={"rope_theta": 1e6}),
+    "gemma2": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2 without caps": Gemma2Config(
+        **SMALL, **GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False
+    ),
+    "gemma3": Gemma3TextConfig(**SMALL, **GEMMA, sliding_window_pattern=2),
+    "gemma3, linear rope": Gemma3TextConfig(
+        **SMALL,
+        **GEMMA,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        final_logit_softcapping=5.0,
+    ),
+    "qwen3 moe": Qwen3MoeConfig(**SMALL, **MOE, norm_topk_prob=True),
+    "qwen3 moe, some layers dense": Qwen3MoeConfig(
+        **SMALL | {"num_hidden_layers": 4}, **MOE, decoder_sparse_step=2, mlp_only_layers=[3]
+    ),
 }
 
 
@@ -76,6 +105,13 @@ ADAPTERS = [
 ]
 
 
+# For a mixture of experts, PEFT takes the names of an MLP's linears for those of the experts.
+FAMILIES = [
+    LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], init_lora_weights=False),
+    LoraConfig(r=3, target_modules=["v_proj", "o_proj"], use_dora=True, init_lora_weights=False),
+]
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapters_of_embedding_head_and_layers_do_what_they_do_in_peft(tied, bits, tmp_path):
@@ -84,6 +120,26 @@ def test_adapters_of_embedding_head_and_layers_do_what_they_do_in_peft(tied, bit
     if bits == 8 and backend().name.startswith("cpu"):
         decoder = load_decoder(tmp_path / "base", dtype=torch.bfloat16)
     assert_adapts_as_peft(tmp_path / "base", decoder, tmp_path, ADAPTERS, bits)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen3 moe", "qwen3 moe, some layers dense"])
+def test_adapters_of_other_families_do_what_they_do_in_peft(name, tmp_path):
+    random_model(CONFIGS[name], tmp_path / "base")
+    decoder = load_decoder(tmp_path / "base", dtype=torch.float32)
+    of_layers = [module for site in decoder.sites if not site.lookup and not site.head for module in site.modules]
+    linears = [module for module in of_layers if "self_attn" in module or "moe" not in name]
+    whole = LoraConfig(r=5, target_modules=linears, init_lora_weights=False)
+    assert_adapts_as_peft(tmp_path / "base", decoder, tmp_path, [whole, *FAMILIES])
+
+
+def test_a_mixture_of_experts_is_captured_only_with_one_kernel_for_its_experts(tmp_path, monkeypatch):
+    for name in ("llama", "qwen3 moe"):
+        random_model(CONFIGS[name], tmp_path / name)
+    llama, mixture = (load_decoder(tmp_path / name, dtype=torch.float32) for name in ("llama", "qwen3 moe"))
+    assert llama.capturable
+    assert not mixture.capturable
+    monkeypatch.setattr("loramill.serve.model.decoder.has_grouped_kernel", lambda *_: True)
+    assert mixture.capturable
 
 
 def test_a_head_that_no_adapter_targets_costs_nothing_more(tmp_path, monkeypatch):

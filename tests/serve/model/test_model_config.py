@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.errors import BaseUnusable
+from loramill.models.catalog import NATIVE_ARCHITECTURES
 from loramill.serve.model import load_decoder, read_config
+from loramill.serve.model.config import ARCHITECTURES
 
 GOOD = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,6 +24,8 @@ GOOD = {
 }
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
 QWEN = {"architectures": ["Qwen2ForCausalLM"]}
+GEMMA = {"architectures": ["Gemma3ForCausalLM"]}
+MOE = {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 16}
 
 
 def written(folder, **changes):
@@ -45,11 +49,18 @@ def written(folder, **changes):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "whole heads"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"hidden_size": None}, "missing or malformed"),
+        ({**GEMMA, "hidden_activation": "gelu"}, "hidden_activation gelu"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "causal"),
+        ({**GEMMA, "layer_types": ["chunked_attention"]}, "chunked_attention"),
     ],
 )
 def test_configs_that_the_decoder_does_not_support_are_refused(tmp_path, changes, message):
     with pytest.raises(BaseUnusable, match=message):
         read_config(written(tmp_path, **changes))
+
+
+def test_the_architectures_are_those_of_the_catalog():
+    assert ARCHITECTURES == NATIVE_ARCHITECTURES
 
 
 def test_old_and_new_spellings_of_rope_agree(tmp_path):
@@ -74,10 +85,42 @@ def test_old_and_new_spellings_of_rope_agree(tmp_path):
             {**QWEN, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
             (4096, None),
         ),
+        ({"architectures": ["Gemma2ForCausalLM"]}, (4096, None)),
+        ({**GEMMA, "sliding_window": 64}, (64, 64)),
+        ({**GEMMA, "sliding_window": 64, "sliding_window_pattern": 2}, (64, None)),
+        ({**GEMMA, "sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, (None, 64)),
+        (MOE, (None, None)),
+        ({**MOE, "use_sliding_window": True, "sliding_window": 64}, (64, 64)),
     ],
 )
 def test_each_layer_has_its_window(tmp_path, changes, windows):
     assert read_config(written(tmp_path, num_hidden_layers=2, **changes)).windows == windows
+
+
+def test_old_and_new_spellings_of_gemma3_ropes_agree(tmp_path):
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    old = read_config(written(tmp_path, **GEMMA, rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=scaled))
+    assert (old.rope.theta, old.rope.kind, old.rope.factors) == (1e6, "linear", {"factor": 8.0})
+    assert old.local_rope is not None and (old.local_rope.theta, old.local_rope.kind) == (1e4, "default")
+    new = {"full_attention": {**scaled, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    found = read_config(written(tmp_path, **GEMMA, rope_parameters=new))
+    assert (found.rope, found.local_rope) == (old.rope, old.local_rope)
+    assert read_config(written(tmp_path, **MOE)).local_rope is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({}, (True,) * 4),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
+        ({"num_experts": 0}, None),
+        ({"decoder_sparse_step": 8}, None),
+    ],
+)
+def test_each_layer_has_experts_or_an_mlp(tmp_path, changes, sparse):
+    experts = read_config(written(tmp_path, num_hidden_layers=4, **{**MOE, "num_experts": 6, **changes})).experts
+    assert (experts and experts.layers) == sparse
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
