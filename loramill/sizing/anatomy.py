@@ -58,19 +58,46 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsShape:
+    """The experts of a mixture of experts, which adapters can't target.
+
+    Attributes:
+        layers: number of layers with experts.
+        count: number of experts of such a layer.
+        top_k: number of experts of a token.
+        weights: weights of one expert.
+        router_weights: weights of the router of a layer.
+    """
+
+    layers: int
+    count: int
+    top_k: int
+    weights: int
+    router_weights: int
+
+    def idle_weights(self, tokens: int) -> int:
+        """The weights of all experts that a pass over so many tokens does not read, if each is chosen as often."""
+        return round(self.layers * self.weights * self.count * (1 - self.top_k / self.count) ** tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Anatomy:
     """The numbers of a base that determine its memory.
 
     Attributes:
         architecture: the name in config.json.
         layers: number of layers.
-        hidden, intermediate, heads, kv_heads, head_dim, vocabulary: as in config.json.
+        hidden, heads, kv_heads, head_dim, vocabulary: as in config.json.
+        intermediate: width of the MLP; of a token's experts together if they are more.
         context: maximum number of tokens.
         linears: the linears of all layers.
         embedding_weights: weights of the embedding and, if it is not tied to that, of the head.
-        other_weights: all other weights: norms and biases.
+        other_weights: all other weights: norms, biases, routers and experts.
         llama_like: whether the layers are like Llama's (RMS norms, rotary positions, a gated MLP).
         head_norms: whether the queries and keys of each head are normalized.
+        experts: None without experts.
+        norms: number of norms per layer of the width `hidden`.
+        caps_attention, caps_logits: whether attention's scores, or logits, have a cap, as in Gemma 2.
     """
 
     architecture: str
@@ -87,11 +114,20 @@ class Anatomy:
     other_weights: int
     llama_like: bool
     head_norms: bool = False
+    experts: ExpertsShape | None = None
+    norms: int = 2
+    caps_attention: bool = False
+    caps_logits: bool = False
 
     @property
     def parameters(self) -> int:
         """Number of all weights."""
         return sum(linear.weights for linear in self.linears) + self.embedding_weights + self.other_weights
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of the weights that compute one token: all but the experts that its routers don't choose."""
+        return self.parameters - (0 if self.experts is None else self.experts.idle_weights(1))
 
 
 def anatomy(config: Mapping[str, Any]) -> Anatomy:
@@ -200,31 +236,37 @@ def _anatomy(text: str) -> Anatomy:
 
 
 def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
-    """The anatomy of Llama, Mistral, Qwen2 and Qwen3, computed from the numbers of the config."""
+    """The anatomy of a native architecture, computed from the numbers of the config."""
+    gemma = architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
     hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     kv_heads, head_dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
     q, kv = heads * head_dim, kv_heads * head_dim
-    shapes = {
+    of_attention = {
         "self_attn.q_proj": (hidden, q),
         "self_attn.k_proj": (hidden, kv),
         "self_attn.v_proj": (hidden, kv),
         "self_attn.o_proj": (q, hidden),
+    }
+    of_mlp = {
         "mlp.gate_proj": (hidden, intermediate),
         "mlp.up_proj": (hidden, intermediate),
         "mlp.down_proj": (intermediate, hidden),
     }
-    attention_bias = config.get("attention_bias") and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    sparse = _sparse_layers(config) if architecture == "Qwen3MoeForCausalLM" else frozenset[int]()
+    experts = _experts(config, len(sparse), hidden) if sparse else None
+    attention_bias = config.get("attention_bias") and architecture not in ("MistralForCausalLM", "Qwen2ForCausalLM")
     biases = q + 2 * kv if architecture == "Qwen2ForCausalLM" else (q + 2 * kv + hidden) * bool(attention_bias)
     biases += (2 * intermediate + hidden) * bool(config.get("mlp_bias") and architecture == "LlamaForCausalLM")
-    norms = 2 * hidden + 2 * head_dim * (architecture == "Qwen3ForCausalLM")
-    tied = bool(config.get("tie_word_embeddings"))
-    vocabulary = int(config["vocab_size"])
+    of_heads = architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+    norms = (4 if gemma else 2) * hidden + 2 * head_dim * of_heads
+    tied = bool(config.get("tie_word_embeddings", gemma))
+    vocabulary, capped = int(config["vocab_size"]), architecture == "Gemma2ForCausalLM"
     return Anatomy(
         architecture=architecture,
         layers=layers,
         hidden=hidden,
-        intermediate=intermediate,
+        intermediate=_width(intermediate, len(sparse) < layers, experts, hidden),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -233,13 +275,43 @@ def _native_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:
         linears=tuple(
             LinearShape(f"model.layers.{layer}.{name}", layer, *shape)
             for layer in range(layers)
-            for name, shape in shapes.items()
+            for name, shape in (of_attention if layer in sparse else of_attention | of_mlp).items()
         ),
         embedding_weights=vocabulary * hidden * (1 if tied else 2),
-        other_weights=layers * (biases + norms) + hidden,
+        other_weights=layers * (biases + norms) + hidden + (_weights_of(experts) if experts else 0),
         llama_like=True,
-        head_norms=architecture == "Qwen3ForCausalLM",
+        head_norms=of_heads,
+        experts=experts,
+        norms=4 if gemma else 2,
+        caps_attention=capped and config.get("attn_logit_softcapping", 50.0) is not None,
+        caps_logits=config.get("final_logit_softcapping", 30.0 if capped else None) is not None,
     )
+
+
+def _sparse_layers(config: Mapping[str, Any]) -> frozenset[int]:
+    """The layers of a Qwen3 MoE that have experts in place of an MLP."""
+    every, without = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or ()
+    layers = range(int(config["num_hidden_layers"]) if _expert_count(config) else 0)
+    return frozenset(layer for layer in layers if layer not in without and (layer + 1) % every == 0)
+
+
+def _expert_count(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_experts", config.get("num_local_experts", 128)))
+
+
+def _experts(config: Mapping[str, Any], layers: int, hidden: int) -> ExpertsShape:
+    count = _expert_count(config)
+    weights = 3 * hidden * int(config["moe_intermediate_size"])
+    return ExpertsShape(layers, count, int(config.get("num_experts_per_tok", 8)), weights, count * hidden)
+
+
+def _width(intermediate: int, dense: bool, experts: ExpertsShape | None, hidden: int) -> int:
+    """The width of the MLP if a layer is dense, or of a token's experts together if they are more."""
+    return max(intermediate * dense, experts.top_k * experts.weights // (3 * hidden) if experts else 0)
+
+
+def _weights_of(experts: ExpertsShape) -> int:
+    return experts.layers * (experts.count * experts.weights + experts.router_weights)
 
 
 def _transformers_anatomy(config: Mapping[str, Any], architecture: str) -> Anatomy:

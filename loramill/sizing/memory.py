@@ -230,6 +230,10 @@ def logits_of(base: Anatomy, row: MemoryRow, device: Device, dtype_bytes: int = 
     The logits of a part in the base's dtype are freed before their gradient is converted to it.
     """
     whole = whole_logits(base, row)
+    if base.caps_logits:
+        # The uncapped logits, and the output of tanh.
+        capping = 2 * dtype_bytes * row.supervised_tokens * base.vocabulary
+        return MemoryItem(whole.name, whole.bytes + capping, whole.description)
     if device == "cpu" or not base.llama_like:
         return whole
     rows = min(HEAD_ROWS, row.supervised_tokens)
@@ -271,10 +275,14 @@ def scratch(
     # recomputed has a fourth.
     mlp = (3 if spec.gradient_checkpointing and spec.method != "dora" else 4) * b * base.intermediate
     attention = _flash_gradients(base, b) if needs_no_mask(base, device, b) else 0
-    if _eager(row, device):
+    if base.caps_attention:
+        attention = (4 + b) * base.heads * row.width
+    elif _eager(row, device):
         attention = 2 * b * base.heads * row.width
     # Attention's tensors are allocated after those of the MLP, the ones it saved and its product are freed.
     passing = row.tokens * max(mlp, attention - (_gated(base, device) + 1) * b * base.intermediate)
+    if device == "cpu" and base.norms > 2:
+        passing += row.tokens * 2 * 4 * base.hidden  # Gemma's norms have gradients in fp32
     if spec.gradient_checkpointing:
         passing += one_layer(base, trained, row, device, b)
     if device == "cuda" and quantization == "nf4":
@@ -306,6 +314,9 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
     q, kv = base.heads * base.head_dim, base.kv_heads * base.head_dim
     if needs_no_mask(base, device, b):
         attention = 2 * b * (q + kv) + 4 * base.heads
+    elif base.caps_attention:
+        # transformers' own: keys and values of all heads, the output of tanh, and the attention weights, also in fp32.
+        attention = 3 * b * q + base.heads * row.width * (4 + 2 * b)
     elif not _eager(row, device):
         attention = 4 * b * q + 4 * base.heads
     elif base.llama_like:
@@ -314,13 +325,20 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
         attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
     if attended and _eager(row, device):
         attention += b * q
-    normalized = 2 * base.hidden + (q + kv) * base.head_norms
-    return normalized * (b if base.llama_like else 4) + attention + _gated(base, device) * b * base.intermediate
+    # On a CPU, Gemma's norms, four of a layer, are those of transformers.
+    own_norms = base.llama_like and (device == "cuda" or base.norms == 2)
+    normalized = (base.norms * base.hidden + (q + kv) * base.head_norms) * (b if own_norms else 4)
+    # The inputs of a token's experts, and their outputs.
+    routed = 0 if base.experts is None else 2 * b * base.experts.top_k * base.hidden
+    return normalized + attention + routed + _gated(base, device) * b * base.intermediate
 
 
 def _gated(base: Anatomy, device: Device) -> int:
-    """How many of the two factors of the MLP's product and the activated one are saved: a GPU activates it again."""
-    return 2 if device == "cuda" and base.llama_like else 3
+    """How many of the two factors of the MLP's product and the activated one are saved.
+
+    A GPU activates again, but for experts, which transformers computes.
+    """
+    return 2 if device == "cuda" and base.llama_like and base.experts is None else 3
 
 
 def _eager(row: MemoryRow, device: Device) -> bool:
@@ -330,7 +348,7 @@ def _eager(row: MemoryRow, device: Device) -> bool:
 def needs_no_mask(base: Anatomy, device: Device, b: int) -> bool:
     """Whether attention needs no mask: FlashAttention on a GPU, where `jobs.train.forward` uses it."""
     known = base.head_dim % 8 == 0 and (base.head_dim <= 192 or 224 < base.head_dim <= 256)
-    return device == "cuda" and b == 2 and base.llama_like and known
+    return device == "cuda" and b == 2 and base.llama_like and known and not base.caps_attention
 
 
 def _flash_gradients(base: Anatomy, b: int) -> int:

@@ -25,6 +25,8 @@ _TYPICAL_CONTEXT = 1024
 
 #: Fraction of the memory without the base for adapters, and their rank and number for which more is of no use.
 _ADAPTERS, _LARGE_RANK = 0.1, 32
+#: Scores with a cap that exist at a time (`kernels.capped.SCORES` in float32), and their softmax.
+_CAPPED_SCORES = 2 * 128 * 2**20
 #: CUDA graphs with their buffers, and the fraction of the memory that the allocator loses in gaps.
 _GRAPHS, _GAPS = 512 * 2**20, 0.05
 #: Tokens per step on a GPU, which waits for its memory with fewer; smaller steps if one would take more of the memory.
@@ -166,7 +168,9 @@ def expected_speed(gpu: GpuInfo, base: Anatomy, quantization: ServedQuantization
     """Tokens per second of an engine that decodes this number of sequences at once, which is bound by memory."""
     name = gpu.name.lower()
     bandwidth = next((speed for part, speed in _BANDWIDTHS.items() if part in name), _OTHER_BANDWIDTH)
-    bytes_ = served_weight_bytes(base, quantization) + sequences * _TYPICAL_CONTEXT * kv_token_bytes(base)
+    # Experts that no sequence chooses are not read; they are never quantized.
+    idle = 0 if base.experts is None else 2 * base.experts.idle_weights(sequences)
+    bytes_ = served_weight_bytes(base, quantization) - idle + sequences * _TYPICAL_CONTEXT * kv_token_bytes(base)
     return sequences / (_STEP_OVERHEAD * bytes_ / bandwidth)
 
 
@@ -190,9 +194,12 @@ def _step_bytes(
     values of one long prompt, the sampler's copies of the logits, a matrix that is dequantized for a step with many
     rows, or its rows in float8, and the graphs."""
     attention = (base.heads + 2 * base.kv_heads) * base.head_dim
-    activations = 2 * batch_tokens * (6 * base.hidden + 3 * base.intermediate + 2 * attention)
+    routed = 0 if base.experts is None else 3 * base.experts.top_k * base.hidden
+    activations = 2 * batch_tokens * (6 * base.hidden + 3 * base.intermediate + 2 * attention + routed)
     logits = 6 * batch_tokens * base.vocabulary
     gathered = min(kv_token_bytes(base) * base.context, free_bytes) // base.layers
+    if base.caps_attention:
+        gathered += _CAPPED_SCORES
     sampled = 24 * sequences * base.vocabulary
     # Twice the largest linear, in bfloat16: gate and up are one matrix.
     dequantized = 4 * max(linear.weights for linear in base.linears) if quantization in ("nf4", "int8") else 0

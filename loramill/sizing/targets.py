@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loramill.errors import InvalidRequest
 from loramill.models.catalog import Base
 from loramill.models.targets import find_targets, rank_of
-from loramill.sizing.anatomy import Anatomy, LinearShape, linears, read_config
-from loramill.types import JobSpec
+from loramill.sizing.anatomy import Anatomy, LinearShape, anatomy, linears, read_config
+from loramill.types import ATTENTION_TARGETS, JobSpec
 
+#: Names of the parts of experts.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "gate")
 #: Linears that have the same input as another linear of their layer.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -85,9 +88,28 @@ def check_targets(spec: JobSpec, base: Base) -> None:
     """Checks that every target, layer and pattern of a job matches something in its base.
 
     Raises:
-        InvalidRequest: one matches nothing; `param` is loramill.targets, .layers, .rank_pattern or .alpha_pattern.
+        InvalidRequest: one matches nothing; `param` is loramill.targets, .layers, .rank_pattern or .alpha_pattern. Or
+            the job would train the experts of a mixture.
     """
-    adapted_linears(spec, linears(read_config(str(base.folder))))
+    config = read_config(str(base.folder))
+    if anatomy(config).experts is not None:
+        _refuse_experts(spec)
+    adapted_linears(spec, linears(config))
+
+
+def _refuse_experts(spec: JobSpec) -> None:
+    if spec.method == "full":
+        raise InvalidRequest(
+            "The base is a mixture of experts, whose experts stay frozen: 'full' would train them. Use 'lora'.",
+            param="loramill.method",
+        )
+    asked = [target for target in spec.targets if "expert" in target or target.rpartition(".")[2] in _OF_EXPERTS]
+    if asked:
+        raise InvalidRequest(
+            f"The base is a mixture of experts, which stay frozen, so that {', '.join(asked)} can't be adapted: leave "
+            f"'targets' out, or give some of {', '.join(ATTENTION_TARGETS)}.",
+            param="loramill.targets",
+        )
 
 
 def adapted_linears(spec: JobSpec, linears: Sequence[LinearShape]) -> list[tuple[LinearShape, int]]:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from loramill.errors import InvalidRequest
-from loramill.models.catalog import Base
+from loramill.models.catalog import EXPERT_ARCHITECTURES, Base
 from loramill.submission.request import SPEC_TRAIN_ON, Auto, JobRequest, LoramillOptions
-from loramill.types import JobSpec, Quantization
+from loramill.types import ATTENTION_TARGETS, JobSpec, Quantization
 
 _T = TypeVar("_T", int, float)
 
@@ -75,7 +75,7 @@ def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str
             "lower it.",
             param="loramill.max_length",
         )
-    chosen = {
+    chosen: dict[str, Any] = {
         "base": base.fingerprint,
         "adapter": str(request.adapter),
         "train": request.train,
@@ -84,6 +84,8 @@ def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str
         "seed": request.seed,
         "max_length": min(MAX_LENGTH, base.context_length),
     }
+    if base.architecture in EXPERT_ARCHITECTURES:
+        chosen["targets"] = ATTENTION_TARGETS
     chosen |= _method_defaults(options) | _schedule_defaults(request, examples) | _alpha_defaults(options)
     requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
     try:

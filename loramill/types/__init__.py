@@ -10,6 +10,7 @@ from loramill.types.datasets import DatasetRecord
 from loramill.types.devices import GpuInfo
 from loramill.types.jobs import (
     ALL_LINEAR,
+    ATTENTION_TARGETS,
     METHODS,
     TARGETS,
     CheckpointRecord,
@@ -30,6 +31,7 @@ from loramill.types.tenants import AuditRecord, KeyRecord, Limits, RateWindow, S
 
 __all__ = [
     "ALL_LINEAR",
+    "ATTENTION_TARGETS",
     "METHODS",
     "TARGETS",
     "AdapterData",

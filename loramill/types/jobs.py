@@ -30,6 +30,8 @@ class JobStatus(StrEnum):
 
 #: Linear layers of a Llama-like model: the default targets of a job.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Those of them in attention: the default targets on a mixture of experts.
+ATTENTION_TARGETS = TARGETS[:4]
 #: As a job's only target: every linear layer of the base's blocks, whatever its name.
 ALL_LINEAR = "all-linear"
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from loramill.errors import BaseUnusable, InvalidRequest
+from loramill.models.catalog import Base
+from loramill.sizing import check_targets
 from loramill.sizing.anatomy import _transformers_anatomy, anatomy, find_config, linears, read_config
+from loramill.types import ALL_LINEAR, ATTENTION_TARGETS, JobSpec
 
 from .test_planner import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
 
@@ -24,6 +27,7 @@ COMMON = {
     "vocab_size": 101,
     "max_position_embeddings": 256,
 }
+MOE = {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
     "llama, biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
@@ -31,6 +35,10 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", {"head_dim": 16}),
     "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 24}),
+    "gemma3_text": ("Gemma3ForCausalLM", {"head_dim": 24, "attention_bias": True}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE),
+    "qwen3_moe, some layers dense": ("Qwen3MoeForCausalLM", {**MOE, "mlp_only_layers": [1]}),
     "qwen3, biases": ("Qwen3ForCausalLM", {"head_dim": 32, "attention_bias": True}),
 }
 
@@ -50,7 +58,40 @@ def test_the_anatomy_equals_that_of_the_model(family: str) -> None:
         built.other_weights,
     )
     assert (computed.heads, computed.kv_heads, computed.head_dim) == (built.heads, built.kv_heads, built.head_dim)
-    assert (computed.hidden, computed.intermediate, computed.vocabulary) == (48, 80, 101)
+    assert (computed.hidden, computed.vocabulary) == (48, 101)
+    assert computed.intermediate == (48 if family == "qwen3_moe" else 80)
+
+
+def test_a_mixture_of_experts_has_active_and_idle_weights() -> None:
+    found = anatomy(config_of("qwen3_moe"))
+    assert found.experts is not None
+    weights = 3 * 48 * 24
+    assert (found.experts.weights, found.experts.router_weights, found.experts.layers) == (weights, 6 * 48, 3)
+    assert found.parameters - found.active_parameters == 3 * 4 * weights
+    assert found.experts.idle_weights(0) == 3 * 6 * weights
+    assert found.experts.idle_weights(2) == round(3 * 6 * weights * (4 / 6) ** 2)
+    assert not any(".mlp." in linear.name for linear in found.linears)
+    dense = anatomy(config_of("qwen3"))
+    assert dense.active_parameters == dense.parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"targets": ("q_proj", "down_proj")}, "loramill.targets"),
+        ({"targets": ("mlp.experts.gate_up_proj",)}, "loramill.targets"),
+        ({"method": "full"}, "loramill.method"),
+    ],
+)
+def test_a_job_that_would_train_experts_is_refused(tmp_path: Path, changes: dict[str, Any], param: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("qwen3_moe")))
+    base = Base("moe", tmp_path, "0" * 64, "Qwen3MoeForCausalLM", 256)
+    spec = {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 1}
+    with pytest.raises(InvalidRequest, match="experts") as refused:
+        check_targets(JobSpec.model_validate(spec | changes), base)
+    assert refused.value.param == param
+    for targets in (ATTENTION_TARGETS, (ALL_LINEAR,)):
+        check_targets(JobSpec.model_validate(spec | {"targets": targets}), base)
 
 
 def test_the_built_in_base_has_135m_parameters(base) -> None:
