@@ -13,6 +13,7 @@ FAMILIES = {
     "Mistral": "mistral",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
+    "Qwen3Moe": "qwen3_moe",
     "Gemma2": "gemma2",
     "Gemma3": "gemma3_text",
 }
@@ -30,11 +31,13 @@ SIZES = {
     "sliding_window": 64,
     "pad_token_id": 0,
 }
+#: Of Qwen 3's mixture of experts, whose second layer has none.
+MIXTURE = {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
 
 
 def tiny_family(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A frozen model of SIZES with `changes` and random norms."""
-    config = AutoConfig.for_model(FAMILIES[family], **SIZES | changes)
+    config = AutoConfig.for_model(FAMILIES[family], **SIZES | (MIXTURE if family == "Qwen3Moe" else {}) | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

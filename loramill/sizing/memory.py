@@ -281,6 +281,8 @@ def scratch(
         attention = 2 * b * base.heads * row.width
     # Attention's tensors are allocated after those of the MLP, the ones it saved and its product are freed.
     passing = row.tokens * max(mlp, attention - (_gated(base, device) + 1) * b * base.intermediate)
+    if base.experts is not None:
+        passing += row.tokens * b * base.experts.top_k * base.hidden  # the gradients of their outputs
     if device == "cpu" and base.norms > 2:
         passing += row.tokens * 2 * 4 * base.hidden  # Gemma's norms have gradients in fp32
     if spec.gradient_checkpointing:
@@ -328,8 +330,8 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
     # On a CPU, Gemma's norms, four of a layer, are those of transformers.
     own_norms = base.llama_like and (device == "cuda" or base.norms == 2)
     normalized = (base.norms * base.hidden + (q + kv) * base.head_norms) * (b if own_norms else 4)
-    # The inputs of a token's experts, and their outputs.
-    routed = 0 if base.experts is None else 2 * b * base.experts.top_k * base.hidden
+    # The outputs of a token's experts.
+    routed = 0 if base.experts is None else b * base.experts.top_k * base.hidden
     return normalized + attention + routed + _gated(base, device) * b * base.intermediate
 
 

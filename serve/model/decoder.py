@@ -56,11 +56,7 @@ class Decoder:
         self._weights = weights
         self._targets = _targets(weights, self.sites)
         self._backend = backend
-<<<<<<< HEAD
         self._norms = MergedNorms(self.device)
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(self.device)
-        self._amplitude = amplitude(config.rope)
-=======
         self._ropes = [
             (inverse_frequencies(rope, config.head_dim).to(self.device), amplitude(rope))
             for rope in (config.rope, config.local_rope)
@@ -68,7 +64,6 @@ class Decoder:
         ]
         # Rounded, as transformers does it.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
->>>>>>> 355f9be (kernels, serve: Gemma 2, Gemma 3 and Qwen3 MoE in the decoder)
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks, each of `block_size` positions, for `forward`."""

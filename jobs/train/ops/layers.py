@@ -1,7 +1,8 @@
 """The layers of transformers' models that compute by this package's operations while a job trains.
 
 They are recognized by the names of their classes, whose forward functions were read in transformers 5.23: Llama (also
-SmolLM2), Mistral, Qwen 2 and 3, Gemma 2 and 3. Other layers compute as before, which is logged once per class.
+SmolLM2), Mistral, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma 2 and 3. Other layers compute as before, which is
+logged once per class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from loramill.jobs.train.ops.norm import rms_norm
 
 log = logging.getLogger(__name__)
 
-_LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
 _GEMMA = ("Gemma2", "Gemma3")
 
 #: Norms that multiply by their weight in the dtype of x, and those that multiply by 1 + weight in float32.

@@ -54,7 +54,8 @@ def test_norms_mlps_and_rotations_of_each_family_are_fused(family: str) -> None:
     all_names = Counter(type(module).__name__ for module in model.modules())
     kinds = ("RMSNorm", "MLP", "Attention")
     assert names == {f"{family}{kind}": all_names[f"{family}{kind}"] for kind in kinds}
-    assert names[f"{family}MLP"] == names[f"{family}Attention"] == 2 and names[f"{family}RMSNorm"] >= 5
+    assert names[f"{family}Attention"] == 2 and names[f"{family}RMSNorm"] >= 5
+    assert names[f"{family}MLP"] == (1 if family == "Qwen3Moe" else 2)
 
 
 def test_only_norms_have_other_forwards_on_a_cpu() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from loramill.data.encoding import EncodedExample
@@ -29,9 +30,17 @@ from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.models.catalog import Base, load_for_training
 from loramill.submission.defaults import count_steps
-from loramill.types import TARGETS, JobSpec
+from loramill.types import ATTENTION_TARGETS, TARGETS, JobSpec
 
+from ...transformers_families import tiny_family
 from .tiny_training import random_examples, reference_loss, spec_of, tiny_model, train, train_and_export, write_files
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Gemma2", "Gemma3"])
+def test_steps_of_other_families_equal_those_of_plain_peft(tmp_path: Path, family: str) -> None:
+    """Also of examples that are longer than the window of Gemma's first layer."""
+    targets = ATTENTION_TARGETS if family == "Qwen3Moe" else TARGETS
+    assert_steps_equal(lambda: tiny_family(family, sliding_window=8), spec_of(targets=targets, steps=3), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +58,16 @@ from .tiny_training import random_examples, reference_loss, spec_of, tiny_model,
 )
 def test_steps_equal_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Loss, accuracy, gradient norm and weights equal those of a plain loop over PEFT, in every layout."""
-    spec = spec_of(**changes)
-    examples, held_out = random_examples(23, weighed=True), random_examples(7, seed=1, weighed=True)
-    points = list(train(tiny_model(), examples, held_out, spec, checkpoints=tmp_path))
+    assert_steps_equal(tiny_model, spec_of(**changes), tmp_path)
 
-    config = LoraConfig(r=4, lora_alpha=8, use_rslora=spec.rslora, target_modules=list(TARGETS))
-    plain = get_peft_model(tiny_model(), config)
-    begin(plain, tmp_path / "begin", spec)
+
+def assert_steps_equal(make: Callable[[], PreTrainedModel], spec: JobSpec, tmp_path: Path) -> None:
+    examples, held_out = random_examples(23, weighed=True), random_examples(7, seed=1, weighed=True)
+    points = list(train(make(), examples, held_out, spec, checkpoints=tmp_path))
+
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=spec.rslora, target_modules=list(spec.targets))
+    plain = get_peft_model(make(), config)
+    begin(plain, tmp_path / "begin", spec, make)
     named = [(name, parameter) for name, parameter in plain.named_parameters() if parameter.requires_grad]
     trainable = [parameter for _, parameter in named]
     optimizer = torch.optim.AdamW(
@@ -77,17 +89,17 @@ def test_steps_equal_those_of_plain_peft(tmp_path: Path, changes: dict[str, Any]
     assert points[-1].valid_loss == pytest.approx(loss.item(), rel=1e-4)
     assert points[-1].valid_accuracy == pytest.approx(accuracy, abs=1e-6)
     ours = PeftModel.from_pretrained(
-        tiny_model(), write_files(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny"))
+        make(), write_files(tmp_path / "ours", export_adapter(tmp_path, spec, base="tiny"))
     )
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), weight, rtol=1e-3, atol=1e-5)
 
 
-def begin(plain: PeftModel, folder: Path, spec: JobSpec) -> None:
+def begin(plain: PeftModel, folder: Path, spec: JobSpec, make: Callable[[], PreTrainedModel]) -> None:
     """Puts the weights into `plain` that a job of `spec` begins with."""
     still = spec.model_copy(update={"steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0})
     first = PeftModel.from_pretrained(
-        tiny_model(), write_files(folder, train_and_export(tiny_model(), still, folder.parent / "still"))
+        make(), write_files(folder, train_and_export(make(), still, folder.parent / "still"))
     )
     for name, parameter in plain.named_parameters():
         parameter.data.copy_(first.get_parameter(name))

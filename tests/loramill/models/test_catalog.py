@@ -257,6 +257,7 @@ def test_configurations_that_cannot_be_served(
         {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64},
         {"architectures": ["Qwen3ForCausalLM"]},
         {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 64},
+        {"architectures": ["Qwen3MoeForCausalLM"]},
         {"architectures": ["GPT2LMHeadModel"]},
     ],
 )
@@ -359,6 +360,12 @@ def test_the_fingerprint_changes_with_weights_and_mathematics(folder: Path, tmp_
     save_file(weights, folder / "model.safetensors")
     fingerprints.append(fingerprint())
     assert len(set(fingerprints)) == len(fingerprints)
+
+
+def test_a_mixture_of_experts_is_not_quantized(folder: Path, tmp_path: Path) -> None:
+    change(folder, architectures=["Qwen3MoeForCausalLM"])
+    with pytest.raises(BaseUnusable, match="mixture of experts"):
+        find_base(str(folder), tmp_path / "cache", "nf4")
 
 
 def test_only_windows_in_use_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:

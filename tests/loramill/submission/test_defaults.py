@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loramill.submission.defaults import (
     resolve_spec,
 )
 from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
-from loramill.types import JobSpec
+from loramill.types import ATTENTION_TARGETS, JobSpec
 
 
 def resolve(
@@ -41,6 +42,15 @@ def resolve(
 
 def base(context: int = 2048) -> Base:
     return Base("tiny", Path(), "f" * 64, "LlamaForCausalLM", context)
+
+
+def test_on_a_mixture_of_experts_a_job_adapts_attention_unless_it_has_targets() -> None:
+    mixture = replace(base(), architecture="Qwen3MoeForCausalLM")
+    for targets, expected in ((None, ATTENTION_TARGETS), (["q_proj"], ("q_proj",))):
+        request = JobRequest(
+            adapter=AdapterName("acme", "support"), train="file-1", options=LoramillOptions(targets=targets)
+        )
+        assert resolve_spec(request, mixture, 160).targets == expected
 
 
 def test_without_options_a_spec_has_the_defaults() -> None:
