@@ -98,7 +98,7 @@ class World:
         parts = qkv.view(len(qkv), -1, self.head_dim).transpose(0, 1)
         return parts.split([self.heads, self.kv_heads, self.kv_heads])
 
-    def attend(self, q, sequence, window, cap):
+    def attend(self, q, sequence, window, cap=None):
         mask = torch.ones(q.shape[1], sequence.length, dtype=torch.bool).tril(sequence.length - q.shape[1])
         if window is not None:
             mask &= mask.new_ones(mask.shape).triu(sequence.length - q.shape[1] - window + 1)
