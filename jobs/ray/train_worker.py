@@ -104,9 +104,6 @@ def select_device(settings: JobSettings) -> tuple[torch.device, GpuInfo | None]:
     if not settings.on_gpu or not torch.cuda.is_available():
         return torch.device("cpu"), None
     device: torch.device = get_device()
-    # cuDNN's attention makes a plan for each new length, about 1 s per pass forward and backward, and every pass has
-    # one. torch prefers it on Hopper and Blackwell from 2.11 on.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     return device, open_gpu(settings.gpu_share, device)
 
 

@@ -8,13 +8,14 @@ import torch
 
 from loramill.errors import SetupError
 from loramill.gpus import capability_problem, memory_fraction
+from loramill.kernels.device import turn_off_cudnn_attention
 from loramill.types import GpuInfo
 
 log = logging.getLogger(__name__)
 
 
 def open_gpu(share: float, device: torch.device | None = None) -> GpuInfo:
-    """Checks the GPU of this process, and limits torch's allocator to a share of its memory.
+    """Checks the GPU of this process, limits torch's allocator to a share of its memory, and selects its attention.
 
     Ray counts shares of a GPU, and does not limit the memory that a process takes of it.
 
@@ -35,6 +36,7 @@ def open_gpu(share: float, device: torch.device | None = None) -> GpuInfo:
     capability = (properties.major, properties.minor)
     if problem := capability_problem(properties.name, capability):
         raise SetupError(problem)
+    turn_off_cudnn_attention()
     if share < 1:
         torch.cuda.set_per_process_memory_fraction(memory_fraction(share, properties.total_memory), device)
     info = GpuInfo(name=properties.name, bytes=properties.total_memory, capability=capability)

@@ -29,6 +29,15 @@ _ADAPTERS, _LARGE_RANK = 0.1, 32
 _CAPPED_SCORES = 2 * 128 * 2**20
 #: CUDA graphs with their buffers, and the fraction of the memory that the allocator loses in gaps.
 _GRAPHS, _GAPS = 512 * 2**20, 0.05
+#: Keys and values that prefills copy at once, unless one sequence has more (`loramill.kernels.torch_backend.GATHERED`).
+_GATHERED = 256 * 2**20
+#: Logits that are sampled from at once (`SLICE_BYTES` of `loramill.serve.engine.sampling.logprobs`, 8 bytes each), and
+#: the bytes that this takes per logit with all filters: 58.5 were counted.
+_SAMPLED_AT_ONCE, _SAMPLING = 8 * 2**20, 60
+#: Bytes per logit of all answers in the sampler's table of penalties and biases.
+_SHIFTS = 9
+#: The norms of an imported DoRA (four times `CHUNK_BYTES` of `loramill.serve.model.norms`), and cuBLAS' workspaces.
+_LOADS = 64 * 2**20
 #: Tokens per step on a GPU, which waits for its memory with fewer; smaller steps if one would take more of the memory.
 _BATCH_TOKENS, _STEP_SHARE = (2048, 1024, 512, 256), 0.25
 #: The smallest useful KV cache, in tokens.
@@ -190,21 +199,25 @@ def _adapter_bytes(base: Anatomy, settings: ServeSettings, free_bytes: int) -> i
 def _step_bytes(
     base: Anatomy, quantization: ServedQuantization, batch_tokens: int, sequences: int, free_bytes: int
 ) -> int:
-    """Memory of a step: activations, logits of all its tokens (an echo with log probabilities), gathered keys and
-    values of one long prompt, the sampler's copies of the logits, a matrix that is dequantized for a step with many
-    rows, or its rows in float8, and the graphs."""
+    """Memory of a step, the graphs, and loads meanwhile.
+
+    The layers take activations, gathered keys and values of prompts, and a matrix that is dequantized for a step with
+    many rows, or its rows in float8. When they are done, there are the logits of all tokens (an echo with log
+    probabilities) and the sampler's tensors.
+    """
     attention = (base.heads + 2 * base.kv_heads) * base.head_dim
     routed = 0 if base.experts is None else 3 * base.experts.top_k * base.hidden
     activations = 2 * batch_tokens * (6 * base.hidden + 3 * base.intermediate + 2 * attention + routed)
-    logits = 6 * batch_tokens * base.vocabulary
-    gathered = min(kv_token_bytes(base) * base.context, free_bytes) // base.layers
+    gathered = max(_GATHERED, min(kv_token_bytes(base) * base.context, free_bytes) // base.layers)
     if base.caps_attention:
         gathered += _CAPPED_SCORES
-    sampled = 24 * sequences * base.vocabulary
     # Twice the largest linear, in bfloat16: gate and up are one matrix.
     dequantized = 4 * max(linear.weights for linear in base.linears) if quantization in ("nf4", "int8") else 0
     rounded = batch_tokens * base.intermediate if quantization == "fp8" else 0
-    return activations + max(logits, gathered) + sampled + dequantized + rounded + _GRAPHS
+    logits, answers = 6 * batch_tokens * base.vocabulary, sequences * base.vocabulary
+    sampled = _SAMPLING * min(answers, max(_SAMPLED_AT_ONCE, base.vocabulary))
+    step = max(activations + gathered + dequantized + rounded, logits + sampled)
+    return step + _SHIFTS * answers + _GRAPHS + _LOADS
 
 
 def _with_settings(default: EngineLimits, settings: ServeSettings) -> EngineLimits:

@@ -9,6 +9,7 @@ import os
 import sys
 
 from loramill.errors import LoramillError
+from loramill.gpus.process import open_gpu
 from loramill.pipelines.compare.measure import measure_task
 from loramill.pipelines.compare.types import ComparisonRow, Report, Task, TaskProgress
 
@@ -28,6 +29,8 @@ def main() -> None:
 def row_of(task: Task, report: Report) -> ComparisonRow:
     """The task's row, with its results or its error."""
     try:
+        if task.device == "cuda":
+            open_gpu(1.0)
         return measure_task(task, report)
     except LoramillError as error:
         return ComparisonRow(subject=task.subject, error=error.message)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from loramill.errors import BaseUnusable, SetupError
 from loramill.gpus import fp8_problem
 from loramill.kernels import Backend, Quantized, Site, Weight, backend
+from loramill.kernels.device import turn_off_cudnn_attention
 from loramill.kernels.experts import Experts
 from loramill.kernels.layers import Layer, Linear, Mlp, Stack
 from loramill.kernels.quantization import (
@@ -121,9 +122,7 @@ def load_decoder(
     if quantization == "fp8":
         _check_fp8(device)
     if device == "cuda":
-        # cuDNN's attention makes a plan for each new length, 0.4 s during which all streams of the step wait. torch
-        # prefers it on Hopper and Blackwell from 2.11 on.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        turn_off_cudnn_attention()
     config = read_config(folder)
     ops = backend(device)
     if threads is not None:

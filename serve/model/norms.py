@@ -11,7 +11,7 @@ import torch
 from loramill.kernels.peft_folder import merged_norms
 
 #: Bytes of the rows that a GPU merges at once in float32; it takes about four times as many.
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 
 
 class MergedNorms:

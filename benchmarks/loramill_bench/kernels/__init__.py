@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from loramill.errors import SetupError
+from loramill.kernels.device import turn_off_cudnn_attention
 from loramill.pipelines.compare.timing import Effort
 from loramill_bench.kernels import on_cpu, on_cuda
 from loramill_bench.kernels.model import SMOLLM2_135M, Model
@@ -46,5 +47,7 @@ def run(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("torch finds no CUDA device on this machine; use --device cpu, or a machine with a GPU.")
+    if device == "cuda":
+        turn_off_cudnn_attention()
     groups = on_cuda.groups() if device == "cuda" else on_cpu.groups(model, effort)
     return run_groups(groups, only, report)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from loramill.data.encoding import EncodedExample
 from loramill.errors import SetupError
+from loramill.gpus.process import open_gpu
 from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.settings import Settings
@@ -149,6 +150,8 @@ def train_case(case: Case) -> str:
 
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        open_gpu(1.0)
     base = find_base(NAME, Settings.load().cache, case.quantization)
     model = load_for_training(base, getattr(torch, case.dtype), device=device)
     draw = random.Random(0)

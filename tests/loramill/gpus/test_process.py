@@ -37,6 +37,15 @@ def test_the_only_user_of_a_gpu_is_not_limited(fractions: list[tuple[float, torc
     assert fractions == []
 
 
+def test_a_process_that_opens_a_gpu_does_not_use_cudnns_attention(
+    fractions: list[tuple[float, torch.device]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", changes.append)
+    open_gpu(1.0)
+    assert changes == [False]
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 16])
 def test_the_processes_of_a_gpu_fit_with_their_contexts(count: int) -> None:
     total = 24 << 30

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from itertools import accumulate
 from typing import get_args
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from loramill.errors import NotEnoughMemory, SettingsInvalid
 from loramill.gpus import CONTEXT_BYTES
+from loramill.kernels import torch_backend
+from loramill.serve.engine.sampling.device_sampler import DeviceSampler
+from loramill.serve.engine.sampling.logprobs import SLICE_BYTES
+from loramill.serve.engine.sampling.sampler import Sampler
+from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import ServeSettings
-from loramill.sizing import anatomy
+from loramill.sizing import anatomy, serving
 from loramill.sizing.anatomy import LinearShape, llama_of
 from loramill.sizing.serving import (
     EngineLimits,
@@ -27,6 +36,44 @@ H100 = GpuInfo(name="NVIDIA H100 80GB HBM3", bytes=79 << 30, capability=(9, 0))
 L4 = GpuInfo(name="NVIDIA L4", bytes=22 << 30, capability=(8, 9))
 LLAMA = anatomy(llama_of(8))
 HOST = 64 << 30
+
+
+def peak_bytes(run: Callable[[], object]) -> tuple[int, int]:
+    """The most that a function had allocated on the CPU, and what it leaves."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes)), sum(changes)
+
+
+def test_sampling_takes_what_is_left_for_it() -> None:
+    rows, at_once, vocabulary = 16, 8, 1 << 15
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.1)
+    logits, samplers = torch.randn(rows, vocabulary), [Sampler(params, (1,), index) for index in range(rows)]
+    sampler = DeviceSampler(vocabulary, torch.device("cpu"))
+    sampler._rows_at_once = at_once
+    _, table = peak_bytes(lambda: sampler.sample(logits, samplers))
+    peak, _ = peak_bytes(lambda: sampler.sample(logits, samplers))
+    bound = serving._SAMPLING * at_once * vocabulary
+    assert 0.9 * bound < peak < bound
+    assert table < 1.01 * serving._SHIFTS * rows * vocabulary
+    assert serving._SAMPLED_AT_ONCE * 8 == SLICE_BYTES
+    assert serving._GATHERED == torch_backend.GATHERED
+
+
+def test_a_step_leaves_room_for_sampling_and_gathered_prompts() -> None:
+    def step_bytes(sequences: int, **changes: int) -> int:
+        return serving._step_bytes(dataclasses.replace(LLAMA, **changes), "none", 16, sequences, 60 << 30)
+
+    # Short prompts are gathered together; one with more keys and values than 256 MiB is gathered alone.
+    short, long = step_bytes(0, context=1 << 10), step_bytes(0, context=1 << 17)
+    assert short - (576 << 20) == pytest.approx(256 << 20, rel=0.02)
+    assert long - short == 256 << 20
+    # 64 rows of 128,256 logits, and a table of 9 bytes per logit.
+    table = 9 * LLAMA.vocabulary
+    assert step_bytes(64, context=1 << 10) - 64 * table - (576 << 20) == pytest.approx(0.5e9, rel=0.05)
+    # Rows beyond 8 Mi logits are sampled one part after the other.
+    assert step_bytes(512) - step_bytes(256) == 256 * table
 
 
 def test_the_limits_of_a_cpu_do_not_depend_on_the_machine() -> None:
@@ -50,6 +97,11 @@ def test_caches_and_weights_fit_the_engines_share(gpu: GpuInfo, share: float, qu
     settings = ServeSettings(gpu_fraction=share)
     if weights > budget:
         with pytest.raises(NotEnoughMemory, match="quantize the base"):
+            planned_limits(gpu, LLAMA, quantization, settings, HOST)
+        return
+    if budget - weights < 2.1e9:
+        # Sampling from the logits of 64 answers alone takes 0.5 GB.
+        with pytest.raises(NotEnoughMemory, match=r"2\.0 GB for the engine besides the base.* serve\.gpu_fraction"):
             planned_limits(gpu, LLAMA, quantization, settings, HOST)
         return
     limits = planned_limits(gpu, LLAMA, quantization, settings, HOST)

@@ -128,6 +128,14 @@ def test_an_error_is_a_row(task, tmp_path: Path) -> None:
     assert row.error is not None and "bad.jsonl, line 1" in row.error
 
 
+def test_only_a_task_on_a_gpu_opens_it(task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(worker_process, "open_gpu", shares.append)
+    monkeypatch.setattr(worker_process, "measure_task", lambda task, report: task.device)
+    rows = [worker_process.row_of(task("lora", device=device), ignored) for device in ("cpu", "cuda")]
+    assert rows == ["cpu", "cuda"] and shares == [1.0]
+
+
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch):
     """Replaces a task's process by a script."""
