@@ -1,4 +1,4 @@
-"""Adapters on embeddings: plain torch on every backend, since each row reads only r numbers of a."""
+"""Adapters on embeddings in plain torch, for CPUs: each row reads only r numbers of a."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The backend for NVIDIA GPUs: Triton kernels for all but the base's products and the attention of prompts."""
 
-from loramill.kernels.embedding import adapt_embedding as adapt_embedding
 from loramill.kernels.torch_backend import grouped_linear as grouped_linear
 from loramill.kernels.torch_backend import new_kv as new_kv
 from loramill.kernels.torch_backend import pack as pack
@@ -13,6 +12,7 @@ from loramill.kernels.triton.decoder_ops import add_rms_norm as add_rms_norm
 from loramill.kernels.triton.decoder_ops import gated_activation as gated_activation
 from loramill.kernels.triton.decoder_ops import rms_norm as rms_norm
 from loramill.kernels.triton.decoder_ops import rope_write as rope_write
+from loramill.kernels.triton.embedding import adapt_embedding as adapt_embedding
 from loramill.kernels.triton.lora import StaticPlan as StaticPlan
 from loramill.kernels.triton.lora import adapted_linear as adapted_linear
 from loramill.kernels.triton.lora import layout as layout

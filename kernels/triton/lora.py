@@ -31,7 +31,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
     step copies its tiles to the device; a call captured into a CUDA graph takes `StaticPlan.batch`.
 
     Args:
-        x: [rows, d_in] in the slab's dtype; a row's elements are adjacent.
+        x: [rows, d_in] in the slab's dtype, or in any floating one if that is int8; a row's elements are adjacent.
         y: [rows, sum of the site's widths], likewise; changed in place.
         slab: A site of a slab with this module's layout.
         batch: The adapter of each row.
@@ -47,7 +47,7 @@ def lora(x: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch) -> None
         work = batch.memo[StepWork, slab.slab] = build_work(slab.slab, batch)
     if work.count:
         site = work.resident.sites[slab.index]
-        _check(x, y, site, work, slab.slab.dtype)
+        _check(x, y, site, work, x.dtype if slab.slab.dtype == torch.int8 else slab.slab.dtype)
         if plans.fuses(work.plan, work.count, work.rank, site.d_in):
             fused(x, y, site, work)
         else:
@@ -72,7 +72,7 @@ class ResidentSite:
         widest: Number of columns of the widest module.
         align_y: A divisor of the first columns of all modules, at most 16.
         weights: The slab's arena as elements of its dtype.
-        gains: The slab's arena as float32.
+        gains: The slab's arena as float32, which gains and the scales of int8 are.
         table: int64 [slots, modules of the widest site, 4], on the device.
         starts: int32 [modules + 1], on the device: the first column of each module, and the end.
     """
@@ -99,10 +99,6 @@ class ResidentSlab:
     def __init__(self, slab: Slab) -> None:
         if slab.layout != layout:
             raise EngineFault("The slab has another backend's layout; create it with loramill.kernels.triton.layout.")
-        if not slab.dtype.is_floating_point:
-            raise EngineFault(
-                f"The GPU's kernels don't read {slab.dtype} adapters; create the slab with the model's dtype."
-            )
         self._table = torch.zeros(slab.table.shape, dtype=torch.int64, device=slab.arena.device)
         self._units = np.array([slab.dtype.itemsize, slab.dtype.itemsize, torch.float32.itemsize, 1])
         self._changes = 0
@@ -159,7 +155,7 @@ class StaticPlan:
         self._slab, self._rows, self._rank = slab, rows, rank
         self._more = rows * (-(-rank // plan.shrink.ranks) - 1)
         tiles = torch.full((rows + self._more, 4), -1, dtype=torch.int32, device=slab.arena.device)
-        self._work = StepWork(_resident(slab), plan, tiles, rows, rows, rank)
+        self._work = StepWork(resident_slab(slab), plan, tiles, rows, rows, rank)
         self.batch = Batch(rows, ())
         self.batch.memo[StepWork, slab] = self._work
         # The slab's number of changes and the runs for which the tiles were computed.
@@ -227,7 +223,7 @@ def shrink_and_expand(x: torch.Tensor, y: torch.Tensor, site: ResidentSite, work
     h = torch.empty(splits * site.modules * work.rows * h_row, dtype=torch.float32, device=x.device)
     _launch(
         shrink, (len(tiles), site.modules, splits), site,
-        x, site.weights, site.table, tiles, h, site.d_in, work.rows, x.stride(0), h_row,
+        x, site.weights, site.gains, site.table, tiles, h, site.d_in, work.rows, x.stride(0), h_row,
     )  # fmt: skip
     expand = plans.expand(plan)
     _launch(
@@ -263,7 +259,8 @@ def _launch(
 _residents: WeakKeyDictionary[Slab, ResidentSlab] = WeakKeyDictionary()
 
 
-def _resident(slab: Slab) -> ResidentSlab:
+def resident_slab(slab: Slab) -> ResidentSlab:
+    """The slab's data as the kernels take it."""
     resident = _residents.get(slab)
     if resident is None:
         resident = _residents[slab] = ResidentSlab(slab)
@@ -287,7 +284,7 @@ def _site(site: Site, weights: torch.Tensor, gains: torch.Tensor, table: torch.T
 
 def build_work(slab: Slab, batch: Batch) -> StepWork:
     """Divides a batch into tiles and starts to copy them, after the table if that changed."""
-    resident = _resident(slab)
+    resident = resident_slab(slab)
     resident.refresh(slab)
     segments = batch.segments
     ranks = resident.ranks[segments[:, 0]]

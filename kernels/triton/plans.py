@@ -147,7 +147,7 @@ def steps(d_in: int, itemsize: int, plan: TilePlan, programs: int) -> int:
 
 @cache
 def shrink(plan: TilePlan, itemsize: int, steps: int) -> Launch:
-    """The launch of a shrink of weights of `itemsize` bytes."""
+    """The launch of a shrink of rows of `itemsize` bytes per number."""
     cut = plan.shrink
     constants = {"RANKS": cut.ranks, "DEPTH": cut.depth // itemsize, "STEPS": steps}
     return _launch("shrink", plan, constants, cut.warps, cut.stages, REGISTERS if plan.rows == 1 else None)
@@ -167,6 +167,10 @@ def fused(d_in: int, itemsize: int) -> Launch:
     steps = _power_of_two(-(-d_in * itemsize // FUSED.depth))
     constants = {"RANKS": FUSED.ranks, "DEPTH": FUSED.depth // itemsize, "STEPS": steps, "WIDTH": FUSED.width}
     return Launch("fused_row", constants, {"num_warps": FUSED.warps, "num_stages": 1})
+
+
+#: The launch of an embedding's adapters.
+EMBED = Launch("embed_row", {"RANKS": 8, "WIDTH": 512}, {"num_warps": 4})
 
 
 def _launch(

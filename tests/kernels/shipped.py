@@ -33,27 +33,33 @@ def lora_launches(itemsize: int) -> Iterator[plans.Launch]:
         yield plans.fused(d_in, itemsize)
 
 
-def lora_configuration(launch: plans.Launch, dtype: torch.dtype, aligned: bool = True) -> Configuration:
+def lora_configuration(
+    launch: plans.Launch, dtype: torch.dtype, aligned: bool = True, int8: bool = False
+) -> Configuration:
     """A kernel as `lora` compiles it at a q/k/v site whose dimensions are multiples of 16, or odd."""
-    addresses = ("gains", "h", "table", "starts", "tiles", "weights", "h_row")
+    addresses = ("gains", "h", "table", "starts", "tiles", "tokens", "weights", "h_row")
+    types = {"gains": "*fp32", "h": "*fp32", "table": "*i64", "starts": "*i32", "tiles": "*i32", "tokens": "*i64"}
     return configuration(
         launch, getattr(kernels, launch.kernel), dtype,
-        in_dtype=("x", "y", "weights"),
-        types={"gains": "*fp32", "h": "*fp32", "table": "*i64", "starts": "*i32", "tiles": "*i32"},
-        multiples=(*addresses, "x", "y", "d_in", "x_row", "y_row") if aligned else addresses,
-        MODULES=3, STRIDE=3, ALIGN=ALIGNMENT // dtype.itemsize, ALIGN_Y=16 if aligned else 1,
+        in_dtype=("x", "y") if int8 else ("x", "y", "weights"),
+        types={**types, "weights": "*i8", "scale": "fp32"},
+        multiples=(*addresses, "x", "y", "d_in", "width", "x_row", "y_row") if aligned else addresses,
+        MODULES=3, STRIDE=3, ALIGN=ALIGNMENT // (1 if int8 else dtype.itemsize), ALIGN_Y=16 if aligned else 1,
     )  # fmt: skip
 
 
 def lora(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
     """Adapters, at dimensions that are multiples of 16 and at odd ones.
 
-    Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's.
+    Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's. So is int8 at odd
+    dimensions and for rows in float32, which no base has that is served: runs of more than 32 rows then spill.
     """
-    for launch in lora_launches(dtype.itemsize):
+    for launch in (*lora_launches(dtype.itemsize), plans.EMBED):
         yield lora_configuration(launch, dtype)
         if dtype != torch.float16:
             yield lora_configuration(launch, dtype, aligned=False)
+        if dtype != torch.float32:
+            yield lora_configuration(launch, dtype, int8=True)
 
 
 def attend_configuration(

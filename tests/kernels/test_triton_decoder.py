@@ -1,4 +1,4 @@
-"""The decoder's other operations on a GPU: right in Triton's interpreter.
+"""The decoder's operations other than linears and attention on a GPU: right in Triton's interpreter.
 
 `TRITON_INTERPRET=1 pytest tests/kernels/triton_decoder_interpreted.py` runs the interpreted tests one by one.
 """
@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).with_name("triton_decoder_interpreted.py")
+TESTS = [str(Path(__file__).with_name(f"triton_{subject}_interpreted.py")) for subject in ("decoder", "embedding")]
 
 
 def test_the_kernels_are_right_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]

@@ -61,14 +61,27 @@ def random_adapter(dtype, ranks=(1, 8, 20), absent=0.25, gains=0.3):
     return deltas
 
 
+def dequantized(deltas):
+    """An adapter as `reference` reads it from a slab of int8."""
+    slab = Slab(SITES, slots=1, size=1 << 20, dtype=torch.int8, layout=ROWS)
+    packed = slab.pack(deltas)
+    slab.load(slab.allocate(packed.bytes), packed)
+    return {
+        module: view.delta(0, index)
+        for view in slab.views
+        for index, module in enumerate(view.site.modules)
+        if module in deltas
+    }
+
+
 class Loaded:
     """A slab whose free memory is NaN, with `adapters` in it."""
 
     def __init__(self, adapters, dtype, size=4 << 20):
         self.slab = Slab(SITES, slots=len(adapters) + 1, size=size, dtype=dtype, layout=layout)
-        self.slab.arena.view(dtype).fill_(torch.nan)
-        self.adapters = adapters
+        self.slab.arena.view(torch.float32 if dtype == torch.int8 else dtype).fill_(torch.nan)
         self.slots = [self.load(deltas) for deltas in adapters]
+        self.adapters = [dequantized(deltas) for deltas in adapters] if dtype == torch.int8 else adapters
 
     def load(self, deltas):
         packed = self.slab.pack(deltas)
@@ -142,38 +155,47 @@ def check(loaded, owner, dtype, sites=SITES):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return {dtype: Loaded([random_adapter(dtype, ranks) for ranks in RANKS], dtype) for dtype in UNITS}
+    return {
+        dtype: Loaded(
+            [random_adapter(torch.float32 if dtype == torch.int8 else dtype, ranks) for ranks in RANKS], dtype
+        )
+        for dtype in (*UNITS, torch.int8)
+    }
 
 
-#: Every popularity with every count, in float32 and float16 by turns: each row and each column of the grid has both.
+#: Dtypes of slab and rows.
+DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.int8, torch.float32)]
+DTYPES += [(torch.int8, torch.float16)]
+#: Every popularity with every count, and the dtypes by turns.
 MIXES = [
-    (popularity, rows, (torch.float32, torch.float16)[(i + j) % 2])
-    for i, popularity in enumerate(POPULARITY)
-    for j, rows in enumerate(COUNTS)
+    (popularity, rows, *DTYPES[(i + j) % 4]) for i, popularity in enumerate(POPULARITY) for j, rows in enumerate(COUNTS)
 ]
 
 
-@pytest.mark.parametrize(("popularity", "rows", "dtype"), MIXES)
-def test_every_mix_of_adapters_keeps_the_contract(loaded, popularity, rows, dtype):
+@pytest.mark.parametrize(("popularity", "rows", "slab_dtype", "dtype"), MIXES)
+def test_every_mix_of_adapters_keeps_the_contract(loaded, popularity, rows, slab_dtype, dtype):
     # The interpreter takes a millisecond per program: many rows run at one site only.
-    check(
-        loaded[dtype], owners(popularity, rows), dtype, SITES if rows < 8 else SITES[:1] if rows < 128 else SITES[1:2]
-    )
+    sites = SITES if rows < 8 else SITES[:1] if rows < 128 else SITES[1:2]
+    check(loaded[slab_dtype], owners(popularity, rows), dtype, sites)
 
 
-@pytest.mark.parametrize("dtype", UNITS, ids=str)
+@pytest.mark.parametrize(
+    ("slab_dtype", "dtype"), [*((dtype, dtype) for dtype in UNITS), (torch.int8, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("ranks", [(8, 1, 16), (70, 3)])
-def test_single_rows_keep_the_contract_fused_and_in_two_launches(dtype, ranks):
-    loaded = Loaded([random_adapter(dtype, ranks) for _ in range(5)], dtype)
+def test_single_rows_keep_the_contract_fused_and_in_two_launches(slab_dtype, dtype, ranks):
+    loaded = Loaded([random_adapter(dtype, ranks) for _ in range(5)], slab_dtype)
     check(loaded, random.sample([*range(5), None], 6), dtype)
 
 
-@pytest.mark.parametrize("plan", [plan for _, _, plan in plans.TABLE])
-def test_every_plan_keeps_the_contract(loaded, monkeypatch, plan):
+@pytest.mark.parametrize(
+    ("plan", "slab_dtype"), [(plan, (torch.int8, torch.float16)[i % 2]) for i, (_, _, plan) in enumerate(plans.TABLE)]
+)
+def test_every_plan_keeps_the_contract(loaded, monkeypatch, plan, slab_dtype):
     monkeypatch.setattr(plans, "choose", lambda longest, rank: plan)
     monkeypatch.setattr(plans, "PROGRAMS", random.choice([1, 40, 512]))
     owner = [2] * 17 + [None] * 2 + [5] * 3 + [4, 6]
-    check(loaded[torch.float16], owner, torch.float16)
+    check(loaded[slab_dtype], owner, torch.float16)
 
 
 @settings(max_examples=10)
@@ -197,15 +219,18 @@ def test_the_same_call_gives_the_same_bits(loaded, owner):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("poison", "ranks"), [(torch.nan, (4,)), (torch.inf, (4, 70))])
+@pytest.mark.parametrize(
+    ("poison", "ranks", "dtype"),
+    [(torch.nan, (4,), torch.float32), (torch.inf, (4, 70), torch.float32), (torch.nan, (4, 17), torch.int8)],
+)
 @pytest.mark.parametrize("owner", [[0, 0, 1, 2, None], [0] * 9 + [1] * 7 + [2] * 2 + [None]], ids=["rows", "runs"])
-def test_an_adapter_of_nan_touches_only_its_own_rows(owner, poison, ranks):
+def test_an_adapter_of_nan_touches_only_its_own_rows(owner, poison, ranks, dtype):
     adapters = [random_adapter(torch.float32, ranks, absent=0, gains=0.5) for _ in range(3)]
     adapters[1] = {
         module: Delta(torch.full_like(delta.a, poison), torch.full_like(delta.b, poison), delta.gain)
         for module, delta in adapters[1].items()
     }
-    loaded = Loaded(adapters, torch.float32)
+    loaded = Loaded(adapters, dtype)
     poisoned = torch.tensor([index == 1 for index in owner])
     sane = [None if index == 1 else index for index in owner]
     for site, view in zip(SITES[:2], loaded.slab.views, strict=False):
@@ -345,6 +370,7 @@ def test_wrong_tensors_and_slabs_are_errors(loaded):
     for bad_x, bad_y in (
         (x.half(), y),
         (x, y.half()),
+        (x.half(), y.half()),
         (x[:1], y),
         (x[:, 1:], y),
         (x, y[:, 1:]),
@@ -352,16 +378,15 @@ def test_wrong_tensors_and_slabs_are_errors(loaded):
     ):
         with pytest.raises(EngineFault, match="contiguous rows"):
             lora(bad_x, bad_y, view, batch)
-    for dtype, laid_out, match in (
-        (torch.float32, ROWS, "another backend's layout"),
-        (torch.int8, layout, "don't read torch.int8 adapters"),
-    ):
-        other = Slab(SITES, slots=1, size=1 << 20, dtype=dtype, layout=laid_out)
-        packed = other.pack(random_adapter(torch.float32))
-        slot = other.allocate(packed.bytes)
-        other.load(slot, packed)
-        with pytest.raises(EngineFault, match=match):
-            lora(x, y, other.views[0], Batch.of([(slot, 2)]))
+    quantized = loaded[torch.int8]
+    with pytest.raises(EngineFault, match="contiguous rows"):
+        lora(x, y.half(), quantized.slab.views[0], quantized.batch([0, 0]))
+    other = Slab(SITES, slots=1, size=1 << 20, dtype=torch.float32, layout=ROWS)
+    packed = other.pack(random_adapter(torch.float32))
+    slot = other.allocate(packed.bytes)
+    other.load(slot, packed)
+    with pytest.raises(EngineFault, match="another backend's layout"):
+        lora(x, y, other.views[0], Batch.of([(slot, 2)]))
 
 
 @given(
