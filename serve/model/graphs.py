@@ -2,6 +2,12 @@
 
 A graph repeats launches with the same tensors and grids, so there is one per number of rows and largest rank, for a few
 values of each. A step uses the smallest graph that it fits; unused rows write to a block that no sequence has.
+
+Steps with prompts have no graphs: those would need a paged attention of our own for prompts, and graphs for numbers of
+tokens as well. By a model of Llama 3 8B on an H100, the host launches the 22 kernels per layer of such a step in 10 to
+15 ms (14 without adapters, in 5 to 7 ms), and the GPU computes 32 decodes and a prompt for 10 ms (200 tokens) or 17 ms
+(500 tokens). A graph would save at most 5 ms of such a step: 5% where one step in ten has a prompt, and nothing where
+prompts are long.
 """
 
 from __future__ import annotations
