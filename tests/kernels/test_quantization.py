@@ -108,3 +108,15 @@ def test_without_bitsandbytes_only_nf4_is_missing(monkeypatch):
     assert isinstance(quantize(torch.randn(8, 64), "int8"), Quantized)
     with pytest.raises(SetupError, match="pip install bitsandbytes"):
         quantize(torch.randn(8, 64), "nf4")
+
+
+def test_the_operators_of_gpus_have_the_signatures_that_were_read():
+    """Read in bitsandbytes 0.50.2 (backends/cuda/ops.py) and torch 2.13 (ScaledBlas.cpp, RowwiseScaledMM.cu)."""
+    assert str(torch.ops.bitsandbytes.gemm_4bit.default._schema) == (
+        "bitsandbytes::gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+        "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor"
+    )
+    assert str(torch.ops.aten._scaled_mm.default._schema) == (
+        "aten::_scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? "
+        "scale_result=None, ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"
+    )

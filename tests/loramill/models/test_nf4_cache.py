@@ -210,6 +210,25 @@ def test_each_linear_is_quantized_where_the_model_goes(base: Base, monkeypatch: 
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
+def test_the_files_weights_stay_mapped_and_are_not_copied(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_mapped(tensor: torch.Tensor) -> bool:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(base.folder / "model.safetensors"))]
+        return any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in ranges)
+
+    mapped: list[bool] = []
+
+    def pack(_self: Nf4Cache, _name: str, weight: Callable[[], torch.Tensor]) -> PackedNf4:
+        mapped.append(is_mapped(weight()))
+        return pack_nf4(weight())
+
+    monkeypatch.setattr(Nf4Cache, "pack", pack)
+    load_for_training(base, torch.float32, packed=True, cache=tmp_path)
+    assert len(mapped) == 14 and all(mapped)
+
+
 def test_quantizing_is_packing_and_unpacking() -> None:
     weight = random_weight()
     assert torch.equal(
