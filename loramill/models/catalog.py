@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from loramill.errors import BaseUnusable, DiskFull
 from loramill.models import hub, smollm2
 from loramill.models.fingerprint import fingerprint, weight_files, weights_hash
+from loramill.models.text_model import TEXT_ARCHITECTURES, ensure_text_model
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,8 @@ class Base:
 
     Attributes:
         name: the name in the API, without a slash.
-        folder: Hugging Face folder with config.json, safetensors and tokenizer.
+        folder: Hugging Face folder with config.json, safetensors and tokenizer; in the cache for the text model of a
+            multimodal checkpoint.
         fingerprint: sha256 (hex) of configuration, weights and quantization; independent of the folder.
         architecture: one of `NATIVE_ARCHITECTURES`, or another causal language model of transformers.
         context_length: maximum tokens of prompt and answer together.
@@ -242,6 +244,9 @@ def quiet_transformers() -> Iterator[None]:
 def _identify(name: str, folder: Path, cache: Path, quantization: Quantization) -> Base:
     """Checks a Hugging Face folder and computes its identity."""
     config = _read_config(folder)
+    if next(iter(config.get("architectures") or ()), None) in TEXT_ARCHITECTURES:
+        folder = ensure_text_model(folder, config, cache)
+        config = _read_config(folder)
     architecture = _check_architecture(config, folder)
     if architecture in EXPERT_ARCHITECTURES and quantization != "none":
         raise BaseUnusable(

@@ -20,6 +20,7 @@ from loramill.errors import BaseUnusable, InvalidRequest
 from loramill.models import hub, smollm2
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 from loramill.models.targets import layer_of
+from loramill.models.text_model import TEXT_ARCHITECTURES, text_config
 
 _BILLIONS = re.compile(r"(\d+(?:\.\d+)?)([bm])", re.IGNORECASE)
 #: Llama's own sizes, in billions of weights: width, MLP, layers, heads, heads of keys, vocabulary, tied embeddings.
@@ -227,6 +228,8 @@ def _llama(
 def _anatomy(text: str) -> Anatomy:
     config = json.loads(text)
     architecture = str(next(iter(config.get("architectures") or ()), "a model without an architecture"))
+    if architecture in TEXT_ARCHITECTURES:
+        return anatomy(text_config(config))
     if architecture not in NATIVE_ARCHITECTURES:
         return _transformers_anatomy(config, architecture)
     try:
