@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from loramill_bench.gpu.stage import Context
-from loramill_bench.kernels import cuda, cuda_attention
+from loramill_bench.kernels import cuda, cuda_attention, cuda_training
 from loramill_bench.results import Result
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -38,7 +38,7 @@ def check(context: Context) -> Iterator[Result]:
         f"{module} {dtype}": subprocess.Popen(
             [sys.executable, "-P", "-c", _CODE.format(module=module, dtype=dtype)], stdout=subprocess.PIPE, text=True
         )
-        for module in ("cuda", "cuda_attention")
+        for module in ("cuda", "cuda_attention", "cuda_training")
         for dtype in _DTYPES
     }
     for name, process in running.items():
@@ -66,7 +66,10 @@ def _worst(context: Context, name: str, printed: str) -> Result:
 
 
 def time_kernels(context: Context) -> Iterator[Result]:
-    """The time of adapters at each linear of a layer and of decode attention, with the time of copying their bytes."""
+    """The time of adapters at each linear of a layer, of decode attention and of training's fused layers.
+
+    Beside it is the time of copying their bytes.
+    """
     if context.dry:
         return
     for case in _CASES:
@@ -82,3 +85,7 @@ def time_kernels(context: Context) -> Iterator[Result]:
         found = cuda_attention.timing(attention)
         yield Result(f"gpu kernels attention {attention}", found.us, "us", floor=found.floor_us)
         yield Result(f"gpu kernels against gather + sdpa, {attention}", found.gather_us / found.us, "x")
+    for layer in cuda_training.CASES:
+        timed = cuda_training.timing(layer)
+        yield Result(f"gpu kernels training {layer}", timed.us, "us", floor=timed.floor_us)
+        yield Result(f"gpu kernels against transformers, {layer}", timed.unfused_us / timed.us, "x")

@@ -53,6 +53,7 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("gpu checks *: worst error", 1.0, when_dry=True),
     Criterion("gpu kernels lora *", 6.0, over_floor=2.0),
     Criterion("gpu kernels attention *", 8.0, over_floor=1.6),
+    Criterion("gpu kernels training *", 8.0, over_floor=1.6),
     Criterion("gpu kernels against *", 1.0, "higher"),
     Criterion("gpu engine: warm-up", 30.0),
     Criterion("gpu decode 1/*: over the floor", 1.35),

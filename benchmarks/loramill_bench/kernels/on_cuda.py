@@ -9,19 +9,20 @@ from types import ModuleType
 
 import torch
 
-from loramill_bench.kernels import cuda, cuda_attention
+from loramill_bench.kernels import cuda, cuda_attention, cuda_training
 from loramill_bench.results import Result
 
 
 def groups() -> dict[str, Callable[[], list[Result]]]:
     """The function that measures each group."""
     measures: dict[str, Callable[[], list[Result]]] = {}
-    for kind, source in (("check", cuda), ("attention check", cuda_attention)):
+    for kind, source in (("check", cuda), ("attention check", cuda_attention), ("training check", cuda_training)):
         for dtype in cuda.LIMITS:
             name = f"cuda {kind} {str(dtype).removeprefix('torch.')}"
             measures[name] = partial(_check_results, name, source, dtype)
     measures |= {_case_name(case): partial(_lora_results, case) for case in cuda.CASES}
-    return measures | {f"cuda attention {case}": partial(_attention_results, case) for case in cuda_attention.CASES}
+    measures |= {f"cuda attention {case}": partial(_attention_results, case) for case in cuda_attention.CASES}
+    return measures | {f"cuda training {case}": partial(_training_results, case) for case in cuda_training.CASES}
 
 
 def _case_name(case: cuda.Case) -> str:
@@ -60,4 +61,12 @@ def _attention_results(case: cuda_attention.Case) -> list[Result]:
     return [
         Result(f"{name}: decode", timing.us, "us", floor=timing.floor_us),
         Result(f"{name}: gather + sdpa", timing.gather_us, "us", floor=timing.floor_us),
+    ]
+
+
+def _training_results(case: cuda_training.Case) -> list[Result]:
+    timing = cuda_training.timing(case)
+    return [
+        Result(f"cuda training {case}: fused", timing.us, "us", floor=timing.floor_us),
+        Result(f"cuda training {case}: by transformers", timing.unfused_us, "us", floor=timing.floor_us),
     ]

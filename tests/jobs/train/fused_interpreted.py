@@ -22,6 +22,8 @@ from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import fused
 from loramill.jobs.train.ops.layers import fused_forwards
+from loramill_bench.kernels import cuda_training
+from loramill_bench.kernels.cuda_training import CHECKED, Case
 
 from ...transformers_families import FAMILIES, tiny_family
 from .tiny_training import NOWHERE, spec_of
@@ -140,6 +142,16 @@ def test_rotations_equal_those_of_transformers(rows: int, heads: int, kv_heads: 
         return lambda q, k: function(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
 
     check(rotation(fused.apply_rotary), rotation(apply_rotary_pos_emb), [q, k.contiguous()])
+
+
+def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {case.kind: Case(case.kind, ((1, 2, 3, 8),) * len(case.shapes)) for case in CHECKED}
+    checks = [*cuda_training.check("cpu", dtypes=[torch.float32], cases=[*kinds.values()])]
+    assert all(check.passed for check in checks), checks
+    assert len(checks) == 2 * (2 * 2 + 2 * 3 + 4)
+    monkeypatch.setattr(fused, "launch", lambda *_, **__: None)
+    failed = [*cuda_training.check("cpu", dtypes=[torch.float32], cases=[*kinds.values()])]
+    assert not any(check.passed for check in failed)
 
 
 def gradients(model: PreTrainedModel, spec: Any) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from loramill.jobs.train.ops import layers
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards, layer_forwards
 from loramill.kernels import training, varlen
+from loramill_bench.kernels import cuda_training, on_cuda
 
 from ...llama import tiny_llama
 from ...transformers_families import FAMILIES, tiny_family
@@ -194,3 +195,18 @@ def test_fused_layers_on_this_gpu_equal_those_of_transformers(
     for unfused, first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
         assert (first - unfused).norm() <= bound * unfused.norm()
+
+
+@pytest.mark.gpu
+def test_the_kernels_are_right_on_this_gpu() -> None:
+    wrong = [check for check in cuda_training.check() if not check.passed]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_the_bench_reports_fused_layers_against_their_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_training, "timing", lambda case: cuda_training.Timing(7.0, 5.0, 40.0))
+    results = on_cuda.groups()["cuda training norm 4096x4096"]()
+    assert {result.case: (result.value, result.floor) for result in results} == {
+        "cuda training norm 4096x4096: fused": (7.0, 5.0),
+        "cuda training norm 4096x4096: by transformers": (40.0, 5.0),
+    }
