@@ -142,7 +142,7 @@ class ServeSettings(_Section):
         default=None,
         ge=0,
         description="Size of the host-memory cache of adapters per replica, in bytes. Unset: 256 MiB on a CPU; for a "
-        "GPU, twice the memory of its adapters, at most an eighth of the free host memory.",
+        "GPU, twice the memory of its adapters, at most an eighth of the free host memory; page-locked there.",
     )
     rank_budget: int = Field(
         default=1024, ge=1, description="Maximum sum of the ranks of the different adapters in one engine step."

@@ -44,7 +44,7 @@ class EngineDeployment:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         # These import torch, which the gateway and the driver do not need
         from loramill.serve.metrics.engine import EngineMetrics
-        from loramill.serve.replica.replica import Replica
+        from loramill.serve.replica.replica import Replica, resolve_device
         from loramill.serve.routing.load import LoadWindow
 
         logs.configure()
@@ -55,7 +55,7 @@ class EngineDeployment:
             registry.artifacts.fetch,
             settings.serve,
             cache=settings.cache,
-            ranks=_expected_ranks(registry, base),
+            ranks=_expected_ranks(registry, base) if resolve_device(settings.serve) == "cuda" else (),
         )
         self._sender = Sender()
         self._load = LoadWindow(self._replica.expected_tokens_per_second)

@@ -1,12 +1,14 @@
 """Devices of engine replicas: Ray options, and the settings of the engine."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from loramill.errors import Unavailable
 from loramill.serve.deployments import engine_options, with_fixed_device
-from loramill.serve.replica import replica
+from loramill.serve.replica import engine_deployment, replica
 from loramill.serve.replica.replica import Replica, resolve_device
 from loramill.settings import ServeSettings, Settings
 from loramill.types import GpuInfo
@@ -43,6 +45,14 @@ def test_without_ray_auto_is_the_device_that_torch_finds(has_cuda, monkeypatch):
     assert resolve_device(ServeSettings()) == ("cuda" if has_cuda else "cpu")
     assert resolve_device(ServeSettings(device="cpu")) == "cpu"
     assert resolve_device(ServeSettings(device="cuda")) == "cuda"
+
+
+def test_a_database_that_does_not_answer_delays_no_start(base, caplog):
+    def reading():
+        raise Unavailable("The database does not answer.")
+
+    assert engine_deployment._expected_ranks(SimpleNamespace(reading=reading), base) == ()
+    assert "default rank alone: The database does not answer." in caplog.text
 
 
 #: What an engine on a CPU has by default.

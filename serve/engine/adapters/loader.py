@@ -92,11 +92,12 @@ class AdapterLoader:
         )
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier", initializer=_lower_priority)
         self._releaser = ThreadPoolExecutor(1, thread_name_prefix="adapter-releaser", initializer=_lower_priority)
-        self._prepared = self._releaser.submit(self._prepare)
+        self._cache_prepared = self._releaser.submit(self._cache.prepare)
+        self._releaser.submit(self._slab.prepare, _PREPARED_BYTES)
 
     def wait_until_prepared(self) -> None:
-        """Waits until the memory that page-locking and first writes would take time for is ready."""
-        self._prepared.result()
+        """Waits until the host cache's memory is ready."""
+        self._cache_prepared.result()
 
     def fetch(self, version: str) -> None:
         """Takes a version from the host cache, or starts to read it."""
@@ -158,10 +159,6 @@ class AdapterLoader:
         if result is not None:
             self._results.put(LoadResult(version, result))
             self._notify()
-
-    def _prepare(self) -> None:
-        self._cache.prepare()
-        self._slab.prepare(_PREPARED_BYTES)
 
     def _release(self, version: str, fetched: FetchedAdapter) -> None:
         if fetched.cached:

@@ -62,7 +62,7 @@ class AdapterManager:
         self._loader = AdapterLoader(self.slab, self._cache, base, source, config.load_threads, notify)
 
     def wait_until_prepared(self) -> None:
-        """Waits until the memory for loads is ready; until then they are slower, and a GPU may stop now and then."""
+        """Waits until the host cache's memory is ready: page-locking it may stop a GPU for a moment."""
         self._loader.wait_until_prepared()
 
     @property

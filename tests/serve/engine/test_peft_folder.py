@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from loramill.errors import AdapterInvalid
 from loramill.kernels.peft_folder import GAINS_FILE, BaseModules
 from loramill.kernels.peft_folder import read_adapter as read
-from loramill.serve.model.norms import MergedNorms
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -398,15 +397,3 @@ def test_gains_that_are_not_the_adapters_are_refused(adapters, tiny, tmp_path, e
     folder = with_gains(adapters["dora"], tiny, tmp_path / "published", edit)
     with pytest.raises(AdapterInvalid, match=message):
         read_adapter(folder, tiny)
-
-
-def test_norms_in_chunks_are_those_of_the_whole_weight():
-    weight, a, b = torch.randn(23, 8), torch.randn(3, 8), torch.randn(23, 3)
-    norms = MergedNorms(torch.device("cpu"))
-    whole = norms(weight.__getitem__, a, b, 0.7)
-    torch.testing.assert_close(whole, (weight + 0.7 * b @ a).norm(dim=1))
-    norms._chunk_bytes = 4 * 8 * 5
-    sizes = []
-    parts = norms(lambda rows: (sizes.append(len(rows)), weight[rows])[1], a, b, 0.7)
-    assert sizes == [5, 5, 5, 5, 3]
-    torch.testing.assert_close(parts, whole)
