@@ -20,3 +20,11 @@ def test_the_kernels_are_right_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@pytest.mark.gpu
+def test_the_kernels_are_right_on_this_gpu_called_and_replayed():
+    from loramill_bench.kernels import cuda_decoder
+
+    wrong = [check for check in cuda_decoder.check() if not check.passed]
+    assert not wrong, "\n".join(map(str, wrong))

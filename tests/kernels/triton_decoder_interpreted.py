@@ -4,6 +4,8 @@ float16 has the bits of plain torch, which rounds at the same places. bfloat16 d
 bits off instead of rounding them.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from loramill.errors import EngineFault
 from loramill.kernels import KVSpan, Pages, torch_backend, triton
 from loramill.kernels.backend import HeadNorms
 from loramill.kernels.triton import StaticPages
+from loramill_bench.kernels import cuda_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
@@ -176,3 +179,18 @@ def test_tensors_that_a_kernel_would_misread_are_refused():
     ):
         with pytest.raises(EngineFault, match=r"must be|don't fit|residual"):
             call()
+
+
+def test_the_bench_checks_run_on_a_cpu_and_detect_an_error(monkeypatch):
+    monkeypatch.setattr(cuda_decoder, "WIDTHS", (100,))
+    monkeypatch.setattr(cuda_decoder, "HEADS", ((5, 1, 62),))
+    monkeypatch.setattr(cuda_decoder, "GATES", (100,))
+    checks = list(cuda_decoder.check("cpu", dtypes=[torch.float32]))
+    assert len(checks) == 8
+    assert all(check.passed for check in checks), checks
+
+    def shifted(error, got, expected):
+        return error(got, [part + part.abs().max() for part in expected])
+
+    monkeypatch.setattr(cuda_decoder, "_error", partial(shifted, cuda_decoder._error))
+    assert not any(check.passed for check in cuda_decoder.check("cpu", dtypes=[torch.float32]))

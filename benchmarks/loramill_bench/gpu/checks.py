@@ -38,7 +38,7 @@ def check(context: Context) -> Iterator[Result]:
         f"{module} {dtype}": subprocess.Popen(
             [sys.executable, "-P", "-c", _CODE.format(module=module, dtype=dtype)], stdout=subprocess.PIPE, text=True
         )
-        for module in ("cuda", "cuda_attention", "cuda_training")
+        for module in ("cuda", "cuda_attention", "cuda_decoder", "cuda_training")
         for dtype in _DTYPES
     }
     for name, process in running.items():

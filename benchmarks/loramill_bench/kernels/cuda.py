@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -125,15 +126,18 @@ def check(
     dtypes: Iterable[torch.dtype] = tuple(LIMITS),
     runs: Iterable[Iterable[tuple[int | None, int]]] = CHECKED_RUNS,
 ) -> Iterator[Check]:
-    """Compares `lora` with the reference in float32, called and, on a GPU, replayed from a graph."""
+    """Compares `lora` with the reference in float32, called and, on a GPU, replayed from a graph.
+
+    Adapters are in the rows' dtype and, with rows of bfloat16, in int8.
+    """
     from loramill.kernels import triton
 
     steps = [tuple(step) for step in runs]
     for dtype in dtypes:
-        for site in sites:
+        for site, stored in product(sites, (dtype, torch.int8) if dtype == torch.bfloat16 else (dtype,)):
             adapters = [adapter(site, rank, gain=rank == 17) for rank in CHECKED_RANKS]
-            plain, slots = filled_slab(site, adapters, dtype, reference.layout, "cpu")
-            slab, _ = filled_slab(site, adapters, dtype, triton.layout, device)
+            plain, slots = filled_slab(site, adapters, stored, reference.layout, "cpu")
+            slab, _ = filled_slab(site, adapters, stored, triton.layout, device)
             for step in steps:
                 batch = Batch.of((None if index is None else slots[index], count) for index, count in step)
                 x, y = inputs(site, batch.rows, dtype, "cpu")
@@ -141,7 +145,8 @@ def check(
                 reference.lora(x, expected, plain.views[0], batch)
                 for mode, got in _results(slab, batch, x.to(device), y.to(device)):
                     error = (got.cpu().float() - expected).abs().max() / expected.abs().max()
-                    yield Check(name(site), str(dtype), f"{mode}: {step}", error.item(), LIMITS[dtype])
+                    case = f"{mode}: {step}" if stored == dtype else f"{mode}: {step}, adapters in int8"
+                    yield Check(name(site), str(dtype), case, error.item(), LIMITS[dtype])
 
 
 def _results(slab: Slab, batch: Batch, x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

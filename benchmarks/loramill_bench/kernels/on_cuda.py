@@ -9,16 +9,17 @@ from types import ModuleType
 
 import torch
 
-from loramill_bench.kernels import cuda, cuda_attention, cuda_training
+from loramill_bench.kernels import cuda, cuda_attention, cuda_decoder, cuda_training
 from loramill_bench.results import Result
 
 
 def groups() -> dict[str, Callable[[], list[Result]]]:
     """The function that measures each group."""
     measures: dict[str, Callable[[], list[Result]]] = {}
-    for kind, source in (("check", cuda), ("attention check", cuda_attention), ("training check", cuda_training)):
+    checks = {"": cuda, "attention ": cuda_attention, "decoder ": cuda_decoder, "training ": cuda_training}
+    for kind, source in checks.items():
         for dtype in cuda.LIMITS:
-            name = f"cuda {kind} {str(dtype).removeprefix('torch.')}"
+            name = f"cuda {kind}check {str(dtype).removeprefix('torch.')}"
             measures[name] = partial(_check_results, name, source, dtype)
     measures |= {_case_name(case): partial(_lora_results, case) for case in cuda.CASES}
     measures |= {f"cuda attention {case}": partial(_attention_results, case) for case in cuda_attention.CASES}
