@@ -155,8 +155,11 @@ def nf4_linear(linear: nn.Linear, packed: PackedNf4) -> nn.Linear:
 
 def concatenate(parts: Sequence[Quantized]) -> Quantized:
     """Joins the rows of matrices of one kind and d_in; at least one."""
-    codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
-    return Quantized(codes, parts[0].levels, scales)
+    codes, scales = [part.codes for part in parts], torch.cat([part.scales for part in parts])
+    if any(part.dtype == torch.float8_e4m3fn for part in codes):
+        # As bytes, since not every operation on a GPU takes float8.
+        return Quantized(torch.cat([part.view(torch.uint8) for part in codes]).view(codes[0].dtype), None, scales)
+    return Quantized(torch.cat(codes), parts[0].levels, scales)
 
 
 def _bitsandbytes() -> Any:

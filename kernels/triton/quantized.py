@@ -47,9 +47,10 @@ def embed(tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
     codebook = weight.codebook
     if codebook is None:
         return F.embedding(tokens, weight.data)
-    codes, scales = weight.data[tokens], codebook.scales[tokens]
+    # As bytes, since not every operation on a GPU takes float8.
+    codes, scales = weight.data.view(torch.uint8)[tokens], codebook.scales[tokens]
     if codebook.levels is None:
-        return (codes.float() * scales).to(weight.dtype)
+        return (codes.view(weight.data.dtype).float() * scales).to(weight.dtype)
     shape = [len(tokens), weight.d_in]
     rows: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         codes, scales, codebook.group, "nf4", shape, weight.dtype
@@ -92,8 +93,9 @@ def _check_levels(levels: torch.Tensor) -> None:
 
 
 def _nf4_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
-    """bitsandbytes' product: by its own kernels for few rows, which round scales to x's dtype on some GPUs (an error of
-    2^-9 of a weight); with more rows, it dequantizes as for training and calls cuBLAS. The limits depend on the GPU."""
+    """bitsandbytes' product: by kernels of its own for few rows, of which those for up to three round levels and scales
+    to x's dtype (an error of 2^-8 of a weight in bfloat16); with more rows, it dequantizes as for training and calls
+    cuBLAS, which moves 4.6 bytes per weight. The limit depends on the GPU and the shape."""
     shape = [weight.d_out, weight.d_in]
     y: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, weight.data, shape, codebook.scales, codebook.group, "nf4")
     return y

@@ -19,6 +19,11 @@ CONTEXT_BYTES = 700 * 2**20
 MIN_CAPABILITY = (8, 0)
 #: The lowest compute capability with matrix products in float8 (`torch._scaled_mm`): Ada, Hopper and Blackwell.
 FP8_CAPABILITY = (8, 9)
+#: Why an engine on a CPU can't serve a base in float8.
+FP8_ON_CPU = (
+    'serve.quantization = "fp8" needs a GPU, and the engine runs on the CPU: unset it, and set quantization to "int8" '
+    'or "nf4" for a base in fewer bits.'
+)
 
 
 def ray_share(share: float) -> float:
@@ -37,18 +42,8 @@ def capability_problem(name: str, capability: tuple[int, int]) -> str | None:
     )
 
 
-def fp8_problem(name: str | None, capability: tuple[int, int]) -> str | None:
-    """Why a device can't serve a base in float8, as a sentence; None if it can.
-
-    Args:
-        name: name of the GPU; None: the engine runs on the CPU.
-        capability: its compute capability.
-    """
-    if name is None:
-        return (
-            'serve.quantization = "fp8" needs a GPU, and the engine runs on the CPU: unset it, and set quantization to '
-            '"int8" or "nf4" for a base in fewer bits.'
-        )
+def fp8_problem(name: str, capability: tuple[int, int]) -> str | None:
+    """Why a GPU can't serve a base in float8, as a sentence; None if it can."""
     if capability >= FP8_CAPABILITY:
         return None
     have, need = (f"{major}.{minor}" for major, minor in (capability, FP8_CAPABILITY))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loramill.errors import SettingsInvalid, SetupError
-from loramill.gpus import fp8_problem, ray_share
+from loramill.gpus import FP8_ON_CPU, fp8_problem, ray_share
 from loramill.gpus.machine import Gpu, gpu_problem
 from loramill.plural import counted
 from loramill.settings import Settings
@@ -47,9 +47,9 @@ def decide_devices(settings: Settings, gpus: Sequence[Gpu], cuda: str | None, *,
     """
     decision = _decide(settings, gpus, cuda, native)
     if settings.serve.quantization == "fp8":
-        used = gpus if decision.settings.serve.device == "cuda" else ()
-        problems = [fp8_problem(gpu.name, gpu.capability) for gpu in used] or [fp8_problem(None, (0, 0))]
-        if problem := next(filter(None, problems), None):
+        if decision.settings.serve.device != "cuda":
+            raise SetupError(FP8_ON_CPU)
+        if problem := next(filter(None, (fp8_problem(gpu.name, gpu.capability) for gpu in gpus)), None):
             raise SetupError(problem)
     return decision
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramill.errors import LoramillError, NotEnoughMemory, SetupError
-from loramill.gpus import CONTEXT_BYTES, capability_problem, fp8_problem
+from loramill.gpus import CONTEXT_BYTES, FP8_ON_CPU, capability_problem
 from loramill.gpus.machine import Gpu, driver_problem, list_gpus, torch_cuda_version
 from loramill.gpus.sharing import DeviceDecision, decide_devices
 from loramill.local.findings import Finding, Status
@@ -134,8 +134,7 @@ def gpu_findings(setup: GpuSetup, settings: Settings) -> Iterator[Finding]:
     yield _judge_gpus(setup, required)
     if settings.serve.quantization == "fp8" and not setup.visible:
         found = '"fp8" without a GPU, unless other nodes have them'
-        fix = fp8_problem(None, (0, 0)) or ""
-        yield Finding(what="serve.quantization", status=Status.WARN, found=found, fix=fix)
+        yield Finding(what="serve.quantization", status=Status.WARN, found=found, fix=FP8_ON_CPU)
     if not setup.visible and not setup.machine:
         return
     serious = Status.ERROR if required else Status.WARN

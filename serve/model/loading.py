@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loramill.errors import BaseUnusable, SetupError
-from loramill.gpus import fp8_problem
+from loramill.gpus import FP8_ON_CPU, fp8_problem
 from loramill.kernels import Backend, Quantized, Site, Weight, backend
 from loramill.kernels.device import turn_off_cudnn_attention
 from loramill.kernels.experts import Experts
@@ -73,7 +73,7 @@ def load_model(
         if device != "cpu":
             raise BaseUnusable(f"{reason.message} Bases loaded through transformers run on the CPU alone.") from reason
         if quantization == "fp8":
-            raise SetupError(fp8_problem(None, (0, 0)) or "") from reason
+            raise SetupError(FP8_ON_CPU) from reason
         from loramill.serve.model.hf import load_hf
 
         loaded = load_hf(folder, dtype=dtype, quantization=quantization, threads=threads, nf4_source=nf4_source)
@@ -143,10 +143,9 @@ def _check_fp8(device: str) -> None:
     Raises:
         SetupError: It does not.
     """
-    problem = fp8_problem(None, (0, 0))
-    if device == "cuda":
-        problem = fp8_problem(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    if problem is not None:
+    if device != "cuda":
+        raise SetupError(FP8_ON_CPU)
+    if problem := fp8_problem(torch.cuda.get_device_name(), torch.cuda.get_device_capability()):
         raise SetupError(problem)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loramill.gpus import FP8_CAPABILITY
 from loramill.kernels.quantization import concatenate, dequantize, pack_nf4, quantize, unpack_nf4
 
 pytestmark = pytest.mark.gpu
@@ -12,7 +13,7 @@ LIMITS = {"nf4": 0.01, "int8": 0.01, "fp8": 0.04}
 KINDS = [
     kind
     for kind in LIMITS
-    if kind != "fp8" or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+    if kind != "fp8" or not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FP8_CAPABILITY
 ]
 
 

@@ -196,7 +196,7 @@ def test_a_base_is_served_quantized(tmp_path, monkeypatch, kind, error):
     def logits(backend):
         monkeypatch.setattr(loading, "backend", lambda *_: backend)
         decoder = load_decoder(base, dtype=torch.float32, quantization=kind)
-        assert decoder._weights.stack.layers[1].down.weight.codebook is not None
+        assert decoder._weights.stack.layers[1].o.weight.codebook is not None
         cache, slab = decoder.new_cache(blocks=2, block_size=16), decoder.new_slab(1, 1 << 10)
         chunk = Chunk(prompt, 0, [0, 1], logits_to_keep=1)
         return decoder.forward([chunk], cache, slab, Batch.of([(None, len(prompt))]))[0]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from loramill.errors import BaseUnusable, EngineFault, SetupError
+from loramill.gpus import FP8_CAPABILITY
 from loramill.kernels import Batch, Delta, torch_backend
 from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.engine.durations import Durations
@@ -276,9 +277,12 @@ def test_on_a_gpu_the_logits_are_those_of_the_cpu(folder, graphs, dtype):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder):
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4", "fp8"])
+def test_on_a_gpu_a_replayed_step_is_the_eager_one_and_waits_for_nothing(folder, quantization):
     pytest.importorskip("triton")
-    decoder = load_decoder(folder, dtype=torch.bfloat16, device="cuda")
+    if quantization == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("this GPU does not compute in float8")
+    decoder = load_decoder(folder, dtype=torch.bfloat16, quantization=quantization, device="cuda")
     session = Session(GraphedDecoder(decoder), decoder, tolerance=2e-2)
     session.load(0, 16)
     sequences = [session.begin(5 + index, adapter_id) for index, adapter_id in enumerate((None, 0, 0))]
