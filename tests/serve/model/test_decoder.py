@@ -166,8 +166,9 @@ def test_a_head_that_no_adapter_targets_costs_nothing_more(tmp_path, monkeypatch
     assert batches == [Batch(3, ())]
 
 
-def test_sharded_checkpoints_and_other_dtypes_load(tmp_path):
-    model = random_model(CONFIGS["qwen2"], tmp_path, max_shard_size="40KB")
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3", "qwen3 moe"])
+def test_sharded_checkpoints_and_other_dtypes_load(name, tmp_path):
+    model = random_model(CONFIGS[name], tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     prompt = tokens(30, 1)
     exact = last_logits(model, prompt)
@@ -202,8 +203,9 @@ def test_a_block_keeps_nothing_of_its_last_owner(tmp_path):
     assert logits.isfinite().all()
 
 
-def test_in_bfloat16_a_sequence_has_the_same_bits_in_any_batch(tmp_path):
-    random_model(CONFIGS["llama"], tmp_path)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen3 moe"])
+def test_in_bfloat16_a_sequence_has_the_same_bits_in_any_batch(name, tmp_path):
+    random_model(CONFIGS[name], tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.bfloat16)
     if not backend().name.startswith("cpu"):
         pytest.skip("plain torch sums in another order for other numbers of rows")
