@@ -107,7 +107,7 @@ def rotate(
     s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32)
     if INVERSE:
         s = -s
-    blocks: tl.constexpr = tl.cdiv(HEADS, BLOCK)
+    blocks: tl.constexpr = (HEADS + BLOCK - 1) // BLOCK
     if block < blocks:
         _rotate_heads(q, q_out, c, s, token, block * BLOCK, column, HEADS, HALF, BLOCK)
     else:
