@@ -15,9 +15,8 @@ from loramill.errors import EngineFault
 from loramill.kernels.memory import to_device
 
 
-@dataclass(frozen=True, slots=True)
-class KVSpan:
-    """New tokens of one sequence, which are adjacent rows of a step.
+class KVSpan(NamedTuple):
+    """New tokens of one sequence, which are adjacent rows of a step. A tuple, since a step makes one per sequence.
 
     Attributes:
         start: Position of the first token; all positions before it are in the cache.
@@ -26,7 +25,7 @@ class KVSpan:
     """
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method
     block_table: Sequence[int]
 
     @property
@@ -79,27 +78,25 @@ class Pages:
             EngineFault: A span is empty, starts at a negative position or has too few blocks, or a block is negative.
         """
         table = np.zeros((len(spans), 4), np.int32)
-        table[:, COUNT] = [span.count for span in spans]
-        table[:, START] = [span.start for span in spans]
-        used = -(-(table[:, START] + table[:, COUNT]) // block_size)
-        held = np.array([len(span.block_table) for span in spans], np.int32)
-        faulty = np.flatnonzero((table[:, COUNT] < 1) | (table[:, START] < 0) | (held < used)).tolist()
-        if faulty:
-            number, span = faulty[0], spans[faulty[0]]
-            raise EngineFault(
-                f"Span {number} has {held[number]} blocks of {block_size} for {span.count} rows from position "
-                f"{span.start}; it needs {used[number]} blocks, at least one row and no negative position."
-            )
-        listed = chain.from_iterable(span.block_table[:need] for span, need in zip(spans, used.tolist(), strict=True))
+        starts, counts, block_tables = zip(*spans, strict=True) if spans else ((), (), ())
+        table[:, START], table[:, COUNT] = starts, counts
+        used = (table[:, START] + table[:, COUNT] - 1) // block_size + 1
+        held = np.fromiter(map(len, block_tables), np.int32, len(spans))
+        if min(counts, default=1) < 1 or min(starts, default=0) < 0 or (held < used).any():
+            raise _fault(spans, block_size)
+        listed = chain.from_iterable(blocks[:need] for blocks, need in zip(block_tables, used.tolist(), strict=True))
         blocks = np.fromiter(listed, np.int32, int(used.sum()))
         if blocks.min(initial=0) < 0:
             raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
         table[1:, FIRST] = np.cumsum(table[:-1, COUNT])
         table[1:, BLOCKS] = np.cumsum(used[:-1])
-        of_rows: NDArray[np.int32] = np.repeat(table, table[:, COUNT], axis=0)
-        row = np.arange(len(of_rows), dtype=np.int32)
-        positions = of_rows[:, START] + (row - of_rows[:, FIRST])
-        slots = blocks[of_rows[:, BLOCKS] + positions // block_size] * np.int32(block_size) + positions % block_size
+        of_rows, positions = table, table[:, START].copy()
+        if max(counts, default=1) > 1:
+            of_rows = np.repeat(table, table[:, COUNT], axis=0)
+            row = np.arange(len(of_rows), dtype=np.int32)
+            positions = of_rows[:, START] + (row - of_rows[:, FIRST])
+        block, offset = np.divmod(positions, np.int32(block_size))
+        slots = blocks[of_rows[:, BLOCKS] + block] * np.int32(block_size) + offset
         return cls(block_size, tuple(spans), table, blocks, positions, slots, int(blocks.max(initial=-1)) + 1)
 
     @property
@@ -127,3 +124,18 @@ class Pages:
                 f"The paging has {self.rows} rows and {self.end} blocks of {self.block_size}; the step has {rows} rows "
                 f"and a cache of {blocks} blocks of {block_size}."
             )
+
+
+def _fault(spans: Sequence[KVSpan], block_size: int) -> EngineFault:
+    """The error of the first span that is not valid."""
+    needed = [-(-span.stop // block_size) for span in spans]
+    number = next(
+        index
+        for index, span in enumerate(spans)
+        if span.count < 1 or span.start < 0 or len(span.block_table) < needed[index]
+    )
+    start, count, block_table = spans[number]
+    return EngineFault(
+        f"Span {number} has {len(block_table)} blocks of {block_size} for {count} rows from position {start}; it needs "
+        f"{needed[number]} blocks, at least one row and no negative position."
+    )

@@ -100,14 +100,14 @@ class StaticPages:
         """
         self.pages = Pages.of([KVSpan(0, 1, [scratch])] * rows, block_size)
         self._scratch = scratch
-        self._numbers = torch.empty(2, rows, dtype=torch.int64, device=device)
-        self._table = torch.empty(3 * rows + blocks, dtype=torch.int32, device=device)
+        self._room = blocks
+        # Positions and slots in int64, the decodes' table, and their blocks: adjacent, so that one copy replaces them.
+        self._numbers = torch.empty(7 * rows + blocks, dtype=torch.int32, device=device)
+        wide, table, listed = torch.split(self._numbers, [4 * rows, 3 * rows, blocks])
         # The tensors' device, since "cuda" and "cuda:0" are different keys.
         device = self._numbers.device
-        self.pages.memo[device] = PagedRows(*self._numbers)
-        self.pages.memo[DecodeBatch, device] = DecodeBatch(
-            self._table[: 3 * rows].view(rows, 3), self._table[3 * rows :]
-        )
+        self.pages.memo[device] = PagedRows(*wide.view(torch.int64).view(2, rows))
+        self.pages.memo[DecodeBatch, device] = DecodeBatch(table.view(rows, 3), listed)
         # Launches before the first refresh must write to the scratch block, too.
         self.refresh(Pages.of([], block_size))
 
@@ -117,22 +117,21 @@ class StaticPages:
         Raises:
             EngineFault: It is larger than the buffers, or has a sequence with several rows or the scratch block.
         """
-        own = self.pages
+        own, rows = self.pages, self.pages.rows
         pages.check(pages.rows, self._scratch, own.block_size)
-        room = len(self._table) - 3 * own.rows
-        if pages.rows > own.rows or len(pages.spans) != pages.rows or len(pages.blocks) > room:
+        if pages.rows > rows or len(pages.spans) != pages.rows or len(pages.blocks) > self._room:
             raise EngineFault(
-                f"A graph for {own.rows} decodes over {room} blocks can't run {pages.rows} rows of {len(pages.spans)} "
-                f"sequences over {len(pages.blocks)} blocks: use the graph of a larger bucket, or none."
+                f"A graph for {rows} decodes over {self._room} blocks can't run {pages.rows} rows of "
+                f"{len(pages.spans)} sequences over {len(pages.blocks)} blocks: use the graph of a larger bucket, or "
+                "none."
             )
-        numbers = np.zeros((2, own.rows), dtype=np.int64)
-        numbers[1] = own.slots
-        numbers[:, : pages.rows] = pages.positions, pages.slots
-        table = np.zeros(3 * own.rows + len(pages.blocks), dtype=np.int32)
-        table[: 3 * pages.rows] = _decode_table(pages).reshape(-1)
-        table[3 * own.rows :] = pages.blocks
-        copy_to_device(numbers, self._numbers)
-        copy_to_device(table, self._table[: len(table)])
+        numbers = np.zeros(7 * rows + len(pages.blocks), dtype=np.int32)
+        wide = numbers[: 4 * rows].view(np.int64).reshape(2, rows)
+        wide[1] = own.slots
+        wide[:, : pages.rows] = pages.positions, pages.slots
+        numbers[4 * rows : 4 * rows + 3 * pages.rows] = _decode_table(pages).reshape(-1)
+        numbers[7 * rows :] = pages.blocks
+        copy_to_device(numbers, self._numbers[: len(numbers)])
 
 
 def decode(

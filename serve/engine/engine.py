@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError, Unavailable
-from loramill.kernels import Batch
+from loramill.kernels import Batch, Slot
 from loramill.kernels.device import free_cached_memory
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
@@ -76,6 +76,9 @@ class Engine:
         # Made for the first logits of a model that is asynchronous.
         self._device_sampler: DeviceSampler | None = None
         self._ahead: AheadPass | None = None
+        # Of the last pass ahead: most have the same rows.
+        self._ahead_slots: list[Slot | None] = []
+        self._ahead_batch = Batch.of([])
         blocks = c.kv_tokens // c.block_size
         self._cache = self._model.new_cache(blocks, c.block_size)
         self._residency = Residency(c.adapter_slots, c.slot_patience_steps)
@@ -326,12 +329,12 @@ class Engine:
         decodes = {s.id: AheadDecode(row, len(s.tokens), s.block_table) for row, s in enumerate(sequences)}
         chunks = [Chunk((0,), decode.position, decode.block_table, 1) for decode in decodes.values()]
         slots = [self._adapters.slot(state.version) for _, state in steps]
+        if slots != self._ahead_slots:
+            self._ahead_slots, self._ahead_batch = slots, Batch.of((slot, 1) for slot in slots)
         if len(steps) < len(tokens):
             tokens = _rows(tokens, [row for row, _ in steps])
         # An answer without a valid token ends.
-        logits = self._model.forward(
-            chunks, self._cache, self._adapters.slab, Batch.of((slot, 1) for slot in slots), tokens.clamp(min=0)
-        )
+        logits = self._model.forward(chunks, self._cache, self._adapters.slab, self._ahead_batch, tokens.clamp(min=0))
         self._ahead = AheadPass(decodes, logits)
 
     def _sample(self, batch: StepBatch, logits: torch.Tensor) -> list[_SampledToken]:

@@ -154,8 +154,10 @@ class Decoder:
 
     def head(self, h: torch.Tensor, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> torch.Tensor:
         """The logits that the chunks need, float32 [logits, vocabulary], of the states [rows, hidden]."""
-        rows, head = logits_rows(chunks), self._weights.head
-        if len(rows) < len(h):
+        head = self._weights.head
+        rows: Sequence[int] = range(len(h))
+        if sum(chunk.logits_to_keep for chunk in chunks) < len(h):
+            rows = logits_rows(chunks)
             h = h[to_device(np.array(rows, np.int64), self.device)]
         view = slab.views[head.site]
         logits = self._backend.adapted_linear(h, head.weight, view, batch_of_rows(batch, rows, view)).float()
