@@ -36,6 +36,25 @@ QWEN3_8B: dict[str, Any] = {
     "vocab_size": 151936, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 
+#: Gemma 2 2B and Gemma 3 4B, with a window that the stage's sequence exceeds.
+GEMMA_2_2B: dict[str, Any] = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "vocab_size": 256000, "sliding_window": 64,
+}  # fmt: skip
+GEMMA_3_4B: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 2560,
+    "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "vocab_size": 262208, "sliding_window": 64, "sliding_window_pattern": 2,
+}  # fmt: skip
+#: Qwen3 30B A3B with 16 of its 128 experts, which are enough to compare.
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+
 
 def llama(context: Context, billions: float = 8, **changes: Any) -> dict[str, Any]:
     """The config of a Llama 3 of this size; a tiny one for a dry run."""
@@ -60,10 +79,10 @@ class _RandomTensors(loading._Tensors):
 
     def __init__(self, device: str) -> None:
         self.dtype = torch.bfloat16
-        self._device = device
+        self.device = device
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
-        taken = torch.empty(shape, dtype=self.dtype, device=self._device)
+        taken = torch.empty(shape, dtype=self.dtype, device=self.device)
         return taken.fill_(1.0) if len(shape) == 1 else taken.normal_(std=float(shape[-1]) ** -0.5)
 
     def skip(self, name: str) -> None:
@@ -84,7 +103,7 @@ def random_decoder(context: Context, shapes: Mapping[str, Any], quantization: Se
 
 def served(decoder: Decoder) -> Model:
     """The decoder as an engine runs it: its decodes in graphs, if it is on a GPU."""
-    return GraphedDecoder(decoder) if decoder.device.type == "cuda" else decoder
+    return GraphedDecoder(decoder) if decoder.device.type == "cuda" and decoder.capturable else decoder
 
 
 def random_trainable(context: Context, shapes: Mapping[str, Any], *, packed: bool) -> PreTrainedModel:

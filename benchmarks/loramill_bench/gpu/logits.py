@@ -11,7 +11,16 @@ import torch
 
 from loramill.kernels import Batch
 from loramill.serve.model import Chunk, load_decoder
-from loramill_bench.gpu.bases import QWEN3_8B, config, llama, served, transformers_config
+from loramill_bench.gpu.bases import (
+    GEMMA_2_2B,
+    GEMMA_3_4B,
+    QWEN3_8B,
+    QWEN3_MOE,
+    config,
+    llama,
+    served,
+    transformers_config,
+)
 from loramill_bench.gpu.stage import Context
 from loramill_bench.results import Result
 
@@ -22,7 +31,9 @@ _TOKENS, _PIECES = 200, ((0, 90), (90, 180))
 def measure(context: Context) -> Iterator[Result]:
     """The error of the logits of two layers in bfloat16, for bases of several families."""
     two = {"num_hidden_layers": 2, "vocab_size": 4000}
-    bases = {"llama-3-1b": llama(context, 1, **two), "qwen3-8b": config(context, QWEN3_8B, **two)}
+    others = {"qwen3-8b": QWEN3_8B, "gemma-2-2b": GEMMA_2_2B, "gemma-3-4b": GEMMA_3_4B, "qwen3-moe": QWEN3_MOE}
+    bases = {"llama-3-1b": llama(context, 1, **two)}
+    bases |= {name: config(context, shapes, **two) for name, shapes in others.items()}
     for name, shapes in bases.items():
         yield Result(f"gpu logits {name}: error", _error(context, shapes), "of the logits")
 
