@@ -5,7 +5,7 @@ On a GPU, kernels run on one stream and copies on another, so that no step waits
 - A copy may overwrite bytes that launched kernels still read: those of a freed slot, also by a graph or by a pass that
   was launched ahead. So it waits on the device for a `mark` of the kernels' stream, made when the bytes were freed.
 - A kernel may read what was copied only once the copy has ended. So `copy` returns when it has, and only then is the
-  slot handed to the engine. The alternative, a kernels' stream that waits for the copy, would hold up all rows of a
+  slot handed to the engine. The alternative, kernels that wait for the copy on the device, would hold up all rows of a
   step for one row's adapter.
 - As `copy` returns at the end, its source may be reused or freed, and a slab that is dropped stays in memory until a
   copy into it has ended.
@@ -13,7 +13,6 @@ On a GPU, kernels run on one stream and copies on another, so that no step waits
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Hashable
 from typing import Protocol
@@ -21,8 +20,6 @@ from typing import Protocol
 import torch
 
 from loramill.kernels.memory import page_locked
-
-log = logging.getLogger(__name__)
 
 #: Bytes of each of the two buffers through which memory that is not page-locked is copied.
 STAGE_BYTES = 8 << 20
