@@ -77,7 +77,7 @@ class ExpertsShape:
     router_weights: int
 
     def idle_weights(self, tokens: int) -> int:
-        """The weights of all experts that a pass over so many tokens does not read, if each is chosen as often."""
+        """The weights of all experts that a pass over N tokens does not read, if each is chosen as often."""
         return round(self.layers * self.weights * self.count * (1 - self.top_k / self.count) ** tokens)
 
 

@@ -103,10 +103,10 @@ def _refuse_experts(spec: JobSpec) -> None:
             "The base is a mixture of experts, whose experts stay frozen: 'full' would train them. Use 'lora'.",
             param="loramill.method",
         )
-    asked = [target for target in spec.targets if "expert" in target or target.rpartition(".")[2] in _OF_EXPERTS]
-    if asked:
+    found = [target for target in spec.targets if "expert" in target or target.rpartition(".")[2] in _OF_EXPERTS]
+    if found:
         raise InvalidRequest(
-            f"The base is a mixture of experts, which stay frozen, so that {', '.join(asked)} can't be adapted: leave "
+            f"The base is a mixture of experts, which stay frozen, so that {', '.join(found)} can't be adapted: leave "
             f"'targets' out, or give some of {', '.join(ATTENTION_TARGETS)}.",
             param="loramill.targets",
         )

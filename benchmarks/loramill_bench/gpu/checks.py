@@ -66,10 +66,7 @@ def _worst(context: Context, name: str, printed: str) -> Result:
 
 
 def time_kernels(context: Context) -> Iterator[Result]:
-    """The time of adapters at each linear of a layer, of decode attention and of training's fused layers.
-
-    Beside it is the time of copying their bytes.
-    """
+    """The time of adapters, of decode attention and of training's fused layers, and of copying their bytes."""
     if context.dry:
         return
     for case in _CASES:
