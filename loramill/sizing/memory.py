@@ -202,7 +202,13 @@ def base_weights(base: Anatomy, quantization: Quantization, device: Device, dtyp
         if (device, quantization) == ("cuda", "int8"):
             kept = ", rounded to int8 and kept in bfloat16"
     size = base_bytes(base, quantization, device, dtype_bytes)
-    return MemoryItem("base", size, f"{base.parameters / 1e9:.3g}B weights{kept}")
+    return MemoryItem("base", size, f"{_weights(base)}{kept}")
+
+
+def _weights(base: Anatomy) -> str:
+    """The numbers of weights, and of those that compute a token if they are fewer."""
+    active = "" if base.experts is None else f", {base.active_parameters / 1e9:.3g}B of them for each token"
+    return f"{base.parameters / 1e9:.3g}B weights{active}"
 
 
 def base_bytes(base: Anatomy, quantization: Quantization, device: Device, dtype_bytes: int = 2) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from loramill.jobs.train.methods import AdaptedModel
@@ -26,18 +27,22 @@ class PrefixModel(nn.Module):
         self.adapted = adapted
         self.tokens = tokens
 
-    def forward(self, position_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> Any:
+    def forward(
+        self, position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor], **inputs: Any
+    ) -> Any:
         """The base's forward.
 
         Args:
             position_ids: int64 [B, T], without the prefix.
-            attention_mask: [B, 1, T, T], added to the scores: 0 where a token attends to another, and -inf elsewhere.
+            attention_mask: [B, 1, T, T], added to the scores: 0 where a token attends to another, and -inf elsewhere;
+                or one for each kind of layer.
             inputs: other arguments of the base.
         """
-        prefix = attention_mask.new_zeros(*attention_mask.shape[:-1], self.tokens)
+        masks = attention_mask if isinstance(attention_mask, dict) else {"": attention_mask}
+        masks = {kind: F.pad(mask, (self.tokens, 0)) for kind, mask in masks.items()}
         return self.adapted.get_base_model()(
             position_ids=position_ids + self.tokens,
-            attention_mask=torch.cat([prefix, attention_mask], dim=-1),
+            attention_mask=masks.get("", masks),
             past_key_values=self.cache(len(position_ids)),
             **inputs,
         )

@@ -14,6 +14,7 @@ from loramill.errors import BaseUnusable, InvalidRequest
 from loramill.models.catalog import Base
 from loramill.sizing import check_targets
 from loramill.sizing.anatomy import _transformers_anatomy, anatomy, find_config, linears, read_config
+from loramill.sizing.memory import base_weights
 from loramill.types import ALL_LINEAR, ATTENTION_TARGETS, JobSpec
 
 from .test_planner import LLAMA_2_70B, LLAMA_3_8B, LLAMA_65B
@@ -71,6 +72,7 @@ def test_a_mixture_of_experts_has_active_and_idle_weights() -> None:
     assert found.experts.idle_weights(0) == 3 * 6 * weights
     assert found.experts.idle_weights(2) == round(3 * 6 * weights * (4 / 6) ** 2)
     assert not any(".mlp." in linear.name for linear in found.linears)
+    assert base_weights(found, "none", "cuda").description == "0.000101B weights, 5.94e-05B of them for each token"
     dense = anatomy(config_of("qwen3"))
     assert dense.active_parameters == dense.parameters
 

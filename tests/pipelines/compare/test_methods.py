@@ -8,7 +8,14 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch.nn.functional import gelu
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid
@@ -145,6 +152,23 @@ def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: b
     total.backward()
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(found.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_prefix_is_seen_by_layers_with_and_without_a_window() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    windowed = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=2, **sizes, **windows))
+    windowed.requires_grad_(False).eval()
+    losses = []
+    with (
+        prefix.attach_prefix(windowed, [31, 32, 33]) as attached,
+        configured_forward(windowed, 64, checkpointing=False),
+    ):
+        drawn_prefix(attached)
+        for packing in (True, False):
+            losses.append(loss_and_accuracy(attached.model, windowed, EXAMPLES, 1.0, packing=packing)[0])
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_a_prefix_leaves_the_base_as_it_was(model: LlamaForCausalLM) -> None:
