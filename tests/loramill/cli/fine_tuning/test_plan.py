@@ -75,6 +75,12 @@ def test_without_a_device_the_jobs_own_options_are_reported(tmp_path: Path) -> N
     assert (found["fits"], found["budget"]) == (True, 40 * 2**30)
 
 
+def test_without_a_device_the_table_names_the_one_that_it_is_for() -> None:
+    shown = run("--base", "8B", "--quantization", "nf4").stdout
+    assert "a CPU keeps the rounded values and the file's" in shown
+    assert "These are the sizes on a CPU. Give --gpu or --cpu" in shown
+
+
 def test_host_memory_used_by_deepspeed_is_reported() -> None:
     done = run("--base", "8B", "--gpu", "80GB", "--method", "full")
     assert "Additional host memory" in done.stdout
