@@ -99,8 +99,7 @@ def pack_experts(weights: torch.Tensor) -> Weight:
 def grouped_linear(x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
     """`linear` of each expert for its own rows: one kernel where torch has one, else expert by expert."""
     if has_grouped_kernel(x.device, x.dtype, weights):
-        y: torch.Tensor = torch._grouped_mm(x, weights.data.mT, offs=ends)
-        return y
+        return F.grouped_mm(x, weights.data.mT, offs=ends)
     y = torch.empty(len(x), weights.d_out, dtype=x.dtype, device=x.device)
     for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
         if start < end:
@@ -111,8 +110,8 @@ def grouped_linear(x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torc
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype, weights: Weight) -> bool:
     """Whether `grouped_linear` is one kernel, which reads `ends` on the device.
 
-    `torch._grouped_mm` has one for compute capabilities 9.x and 10.x, in bfloat16 and for rows of whole 16 bytes (read
-    in torch 2.10 to 2.13); elsewhere it copies `offs` to the host and multiplies expert by expert, too.
+    torch has one for compute capabilities 9.x and 10.x, in bfloat16 and for rows of whole 16 bytes (read in its
+    GroupedBlas.cpp); elsewhere it copies `offs` to the host and multiplies expert by expert, too.
     """
     return (
         device.type == "cuda"
