@@ -195,8 +195,10 @@ def attend_launch(
         "CAP": cap or 0.0,
     }
     stages = 3 if itemsize == 2 and shared >= DEEP else 2
-    # float32 does not use the matrix units; with four warps it would have too few registers.
-    return Launch("attend", constants, {"num_warps": 8 if itemsize == 4 else 4, "num_stages": stages})
+    # float32 does not use the matrix units: 4 warps would have too few registers, and so would 8 on sm_100 for more
+    # than 16 query heads.
+    warps = constants["GROUPS"] // 2 if itemsize == 4 else 4
+    return Launch("attend", constants, {"num_warps": warps, "num_stages": stages})
 
 
 @cache

@@ -84,8 +84,8 @@ def test_engine_and_sessions_share_the_gpus_and_other_processes_see_none(
     machine, session_of, base, tmp_path, lines, jobs, engine, session, sessions, printed
 ) -> None:
     machine(*lines)
-    settings, said = decided(base, tmp_path, jobs={"sessions": 6, **jobs})
-    assert printed in said
+    settings, shown = decided(base, tmp_path, jobs={"sessions": 6, **jobs})
+    assert printed in shown
     engine_options = deployments.engine_options(settings)
     resources, environment = session_of(settings)
     assert (engine_options["num_gpus"], resources, settings.jobs.sessions) == (engine, {"GPU": session}, sessions)
@@ -109,8 +109,8 @@ def gateway_options(settings: Settings) -> dict[str, Any]:
 @pytest.mark.parametrize("lines", [[], [T4]])
 def test_without_a_usable_gpu_everything_is_on_the_cpu(machine, session_of, base, tmp_path, lines) -> None:
     machine(*lines)
-    settings, said = decided(base, tmp_path, jobs={"sessions": 2})
-    assert ("compute capability 7.5" in said) is bool(lines)
+    settings, shown = decided(base, tmp_path, jobs={"sessions": 2})
+    assert ("compute capability 7.5" in shown) is bool(lines)
     assert deployments.engine_options(settings)["num_gpus"] == 0
     resources, environment = session_of(settings)
     assert resources == {"CPU": settings.jobs.cpus}
