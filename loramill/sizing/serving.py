@@ -29,7 +29,7 @@ _ADAPTERS, _LARGE_RANK = 0.1, 32
 _CAPPED_SCORES = 2 * 128 * 2**20
 #: CUDA graphs with their buffers, and the fraction of the memory that the allocator loses in gaps.
 _GRAPHS, _GAPS = 512 * 2**20, 0.05
-#: Keys and values that prefills copy at once, unless one sequence has more (`loramill.kernels.torch_backend.GATHERED`).
+#: Keys and values that prefills copy at once, unless one sequence has more (`loramill.kernels.torch_attention`).
 _GATHERED = 256 * 2**20
 #: Logits that are sampled from at once (`SLICE_BYTES` of `loramill.serve.engine.sampling.logprobs`, 8 bytes each), and
 #: the bytes that this takes per logit with all filters: 58.5 were counted.
