@@ -9,11 +9,11 @@ import os
 import torch
 
 from loramill.errors import SettingsInvalid, SetupError
-from loramill.kernels.adapter import Delta, PackedAdapter, Site
+from loramill.kernels.adapters.packing import Delta, PackedAdapter, Site
+from loramill.kernels.adapters.slab import SiteSlab, Slab
 from loramill.kernels.backend import Backend, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch, Run, Slot
 from loramill.kernels.paging import KVSpan, Pages
-from loramill.kernels.slab import SiteSlab, Slab
 
 __all__ = [
     "BACKENDS",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import Layout
+from loramill.kernels.adapters.packing import Layout
+from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.batch import Batch
-from loramill.kernels.slab import SiteSlab
 
 if TYPE_CHECKING:
     from loramill.kernels.paging import Pages
@@ -156,7 +156,7 @@ class Backend(Protocol):
     def adapt_embedding(
         self, tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float = 1.0
     ) -> None:
-        """Applies each run's adapter of an embedding; see `loramill.kernels.embedding.adapt_embedding`."""
+        """Applies each run's adapter of an embedding; see `loramill.kernels.adapters.embedding.adapt_embedding`."""
 
     def pack_experts(self, weights: torch.Tensor) -> Weight:
         """Converts matrices [experts, d_out, d_in] to the layout of `grouped_linear`: `data` has one more axis."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from loramill.kernels.adapters.slab import Slab
 from loramill.kernels.backend import Activation, HeadNorms
 from loramill.kernels.batch import Batch
 from loramill.kernels.experts import Experts, run_experts
-from loramill.kernels.slab import Slab
 
 if TYPE_CHECKING:
     from loramill.kernels.backend import Backend, LayerKV, Weight

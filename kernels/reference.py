@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from loramill.kernels import embedding
-from loramill.kernels.adapter import ROWS, Layout
+from loramill.kernels.adapters import embedding
+from loramill.kernels.adapters.packing import ROWS, Layout
+from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.backend import Activation, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import Pages
-from loramill.kernels.slab import SiteSlab
 
 name: str = "reference"
 layout: Layout = ROWS

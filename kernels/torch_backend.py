@@ -7,17 +7,18 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from loramill.kernels import embedding, torch_attention
-from loramill.kernels.adapter import ROWS, Layout
+from loramill.kernels.adapters import embedding
+from loramill.kernels.adapters.packing import ROWS, Layout
+from loramill.kernels.adapters.slab import SiteSlab
+from loramill.kernels.attention import paged
 from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import Pages
-from loramill.kernels.slab import SiteSlab
 
 name: str = "torch"
 layout: Layout = ROWS
 adapt_embedding = embedding.adapt_embedding
-attention = torch_attention.attention
+attention = paged.attention
 
 
 def set_threads(threads: int) -> None:

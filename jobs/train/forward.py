@@ -20,7 +20,7 @@ from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.layers import layer_forwards
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
-from loramill.kernels import varlen
+from loramill.kernels.attention import varlen
 from loramill.kernels.device import is_out_of_memory
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 

@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from loramill.errors import EngineFault
+from loramill.kernels.adapters.slab import SiteSlab, Slab
 from loramill.kernels.backend import LayerKV, Weight
 from loramill.kernels.cpu import decoder_ops
 from loramill.kernels.cpu.layout import OUTPUTS
 from loramill.kernels.layers import Layer, Linear, Mlp, Stack, Step
-from loramill.kernels.slab import SiteSlab, Slab
 
 
 class Matrix(ctypes.Structure):

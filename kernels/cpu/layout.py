@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from loramill.kernels.adapter import Layout
+from loramill.kernels.adapters.packing import Layout
 
 #: Number of adjacent outputs: two 512-bit registers of floats.
 OUTPUTS = 32

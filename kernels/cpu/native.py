@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from loramill.errors import EngineFault, SetupError
 from loramill.kernels import torch_backend
+from loramill.kernels.adapters.embedding import adapt_embedding
+from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.cpu import decoder_ops
@@ -30,11 +32,9 @@ from loramill.kernels.cpu.layout import (
     rows_of_nibbles,
     scale_panels,
 )
-from loramill.kernels.embedding import adapt_embedding
 from loramill.kernels.layers import Stack, Step
 from loramill.kernels.memory import HostPool
 from loramill.kernels.paging import Pages
-from loramill.kernels.slab import SiteSlab
 
 #: Number of rows of a run that `lora` processes at once: PIECE in the C sources.
 _PIECE = 96

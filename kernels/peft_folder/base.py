@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from loramill.kernels.adapter import Site
+from loramill.kernels.adapters.packing import Site
 
 #: PEFT's prefix of module names in a file.
 PREFIX = "base_model.model."

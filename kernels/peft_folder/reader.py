@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loramill.errors import AdapterInvalid
-from loramill.kernels.adapter import Delta
+from loramill.kernels.adapters.packing import Delta
 from loramill.kernels.memory import Allocator, host_memory
 from loramill.kernels.peft_folder.base import BaseModules, Module
 from loramill.kernels.peft_folder.config import CONFIG_FILE, Patterns, TargetModules, parse_config, read_config

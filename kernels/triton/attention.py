@@ -21,7 +21,7 @@ import triton
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels import torch_attention
+from loramill.kernels.attention import paged
 from loramill.kernels.backend import LayerKV
 from loramill.kernels.memory import copy_to_device, to_device
 from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, PagedRows, Pages
@@ -59,7 +59,7 @@ def attention(
     decodes = _decodes(pages, qkv.device)
     if len(decodes.table):
         decode(qkv, out, heads, kv, decodes, scale, window, cap)
-    torch_attention.attend_prefills(qkv, out, heads, kv, pages, scale, window, cap)
+    paged.attend_prefills(qkv, out, heads, kv, pages, scale, window, cap)
     return out
 
 

@@ -7,17 +7,17 @@ import torch
 import triton
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import RANK, A, B
+from loramill.kernels.adapters.packing import RANK, A, B
+from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.batch import Batch
 from loramill.kernels.memory import ALIGNMENT, to_device
-from loramill.kernels.slab import SiteSlab
 from loramill.kernels.triton.kernels import embed_row
 from loramill.kernels.triton.lora import resident_slab
 from loramill.kernels.triton.plans import EMBED
 
 
 def adapt_embedding(tokens: torch.Tensor, y: torch.Tensor, slab: SiteSlab, batch: Batch, scale: float = 1.0) -> None:
-    """Applies each run's adapter of an embedding; see `loramill.kernels.embedding.adapt_embedding`.
+    """Applies each run's adapter of an embedding; see `loramill.kernels.adapters.embedding.adapt_embedding`.
 
     Nothing is launched or copied if no adapter of the step targets the embedding.
 

@@ -222,7 +222,7 @@ def embed_row(
     y, weights, gains, tokens, table, scale, width, y_row,
     ALIGN: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """WIDTH columns of one row of an embedding with an adapter, rank by rank as in `loramill.kernels.embedding`.
+    """WIDTH columns of a row of an embedding with an adapter, rank by rank as in `loramill.kernels.adapters.embedding`.
 
     Args:
         y: [rows, width], of any floating dtype.

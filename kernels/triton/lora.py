@@ -12,11 +12,11 @@ import triton
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import RANK, Layout, Site
+from loramill.kernels.adapters.packing import RANK, Layout, Site
+from loramill.kernels.adapters.slab import SiteSlab, Slab
 from loramill.kernels.backend import Weight
 from loramill.kernels.batch import Batch
 from loramill.kernels.memory import ALIGNMENT, aligned, copy_to_device
-from loramill.kernels.slab import SiteSlab, Slab
 from loramill.kernels.triton import kernels, plans
 from loramill.kernels.triton.quantized import linear
 

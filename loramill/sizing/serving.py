@@ -25,11 +25,11 @@ _TYPICAL_CONTEXT = 1024
 
 #: Fraction of the memory without the base for adapters, and their rank and number for which more is of no use.
 _ADAPTERS, _LARGE_RANK = 0.1, 32
-#: Scores with a cap that exist at a time (`kernels.capped.SCORES` in float32), and their softmax.
+#: Scores with a cap that exist at a time (`kernels.attention.capped.SCORES` in float32), and their softmax.
 _CAPPED_SCORES = 2 * 128 * 2**20
 #: CUDA graphs with their buffers, and the fraction of the memory that the allocator loses in gaps.
 _GRAPHS, _GAPS = 512 * 2**20, 0.05
-#: Keys and values that prefills copy at once, unless one sequence has more (`loramill.kernels.torch_attention`).
+#: Keys and values that prefills copy at once, unless one sequence has more (`loramill.kernels.attention.paged`).
 _GATHERED = 256 * 2**20
 #: Logits that are sampled from at once (`SLICE_BYTES` of `loramill.serve.engine.sampling.logprobs`, 8 bytes each), and
 #: the bytes that this takes per logit with all filters: 58.5 were counted.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from loramill.kernels import Backend, Batch, KVSpan, LayerKV, Pages, Site, Slab, Weight
-from loramill.kernels.embedding import batch_of_rows
+from loramill.kernels.adapters.embedding import batch_of_rows
 from loramill.kernels.experts import Experts
 from loramill.kernels.layers import Linear, Mlp, Stack, Step, run_layers
 from loramill.kernels.memory import to_device

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loramill.kernels import Batch, LayerKV, Pages, Site, Slab
-from loramill.kernels.adapter import RANK
+from loramill.kernels.adapters.packing import RANK
 from loramill.kernels.device import device_works, free_cached_memory
 from loramill.serve.model.decoder import Decoder
 from loramill.serve.model.protocol import Chunk

@@ -13,7 +13,7 @@ from torch import nn
 
 from loramill.errors import BaseUnusable, EngineFault
 from loramill.kernels import Backend, Batch, LayerKV, Pages, SiteSlab, Slab, torch_backend
-from loramill.kernels.embedding import adapt_embedding, batch_of_rows
+from loramill.kernels.adapters.embedding import adapt_embedding, batch_of_rows
 
 #: The name of `attend` in transformers' registry of attention functions.
 ATTENTION = "loramill_paged"

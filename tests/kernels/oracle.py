@@ -5,7 +5,7 @@ import random
 import torch
 
 from loramill.kernels import Delta, Site, Slab, Slot
-from loramill.kernels.adapter import Layout
+from loramill.kernels.adapters.packing import Layout
 
 POPULARITY = ("none", "one", "distinct", "uniform", "zipf", "skewed")
 ROWS = (1, 2, 7, 8, 33, 128, 511)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
-from loramill.kernels import KVSpan, Pages, capped
+from loramill.kernels import KVSpan, Pages
+from loramill.kernels.attention import capped
 from loramill.kernels.memory import ALIGNMENT, HUGE_PAGE
 
 from .conftest import BACKENDS, NATIVE, open_backend

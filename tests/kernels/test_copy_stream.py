@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.kernels import Batch, PackedAdapter, Slab, Slot, copy_stream, memory
-from loramill.kernels.adapter import ROWS, Site
-from loramill.kernels.copy_stream import CudaCopyStream, HostCopies, new_copy_stream
+from loramill.kernels import Batch, PackedAdapter, Slab, Slot, memory
+from loramill.kernels.adapters import copy_stream
+from loramill.kernels.adapters.copy_stream import CudaCopyStream, HostCopies, new_copy_stream
+from loramill.kernels.adapters.packing import ROWS, Site
 from loramill.kernels.memory import page_locked, page_locked_blocks
 
 LINE, STAGE = 64, 1000

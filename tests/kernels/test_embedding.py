@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import AdapterInvalid, EngineFault
 from loramill.kernels import Batch, Delta, Site
-from loramill.kernels.embedding import adapt_embedding, batch_of_rows
+from loramill.kernels.adapters.embedding import adapt_embedding, batch_of_rows
 
 from .oracle import assert_near, filled_slab, random_delta
 
@@ -86,7 +86,7 @@ def test_adapters_of_another_kind_of_module_are_refused(ops, deltas, message):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_some_rows_of_a_batch_keep_their_owners(data):
-    from loramill.kernels.adapter import ROWS
+    from loramill.kernels.adapters.packing import ROWS
 
     _, view, slots = loaded(torch.float32, ROWS)
     counts = data.draw(st.lists(st.tuples(st.sampled_from([None, *slots]), st.integers(0, 4)), max_size=8))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loramill import kernels
 from loramill.errors import AdapterInvalid, EngineFault, SettingsInvalid
 from loramill.kernels import Batch, Delta, Site, Slab, reference
-from loramill.kernels.adapter import LOOKUP, ROWS, pack
+from loramill.kernels.adapters.packing import LOOKUP, ROWS, pack
 from loramill.kernels.cpu.layout import PANELS
 from loramill.kernels.memory import Extents, HostPool, Recycler, host_memory, populate
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loramill.kernels import KVSpan, LayerKV, Pages, torch_attention, varlen
-from loramill.kernels.varlen import VarlenBatch
+from loramill.kernels import KVSpan, LayerKV, Pages
+from loramill.kernels.attention import paged, varlen
+from loramill.kernels.attention.varlen import VarlenBatch
 
 from .oracle import TOLERANCE, assert_near
 from .test_attention import World
@@ -156,7 +157,7 @@ def prefill(world, sequences, counts, window):
     """Runs the prefills of a step in one call; returns the result and the expected one, decodes left out."""
     q, qkv, pages = world.extend(sequences, counts)
     out = torch.full((len(qkv), world.heads * world.head_dim), -1.0, dtype=world.dtype)
-    torch_attention.attend_prefills_together(qkv, out, world.heads, world.kv[1], pages, world.scale, window)
+    paged.attend_prefills_together(qkv, out, world.heads, world.kv[1], pages, world.scale, window)
     several = torch.tensor(counts).repeat_interleave(torch.tensor(counts)) > 1
     assert (out[~several] == -1).all(), "a decode's row was written"
     parts = zip(q.split(counts, dim=1), sequences, strict=True)
@@ -176,7 +177,7 @@ def test_prefills_over_any_prefixes_in_one_call(shape, window, dtype):
 
 @pytest.mark.parametrize(("limit", "launches"), [(256 << 20, 1), (2 * 2 * 32 * 4 * 60, 3), (2 * 2 * 32 * 4, 5)])
 def test_prefills_copy_a_limited_number_of_keys_at_once(monkeypatch, limit, launches):
-    monkeypatch.setattr(torch_attention, "GATHERED", limit)
+    monkeypatch.setattr(paged, "GATHERED", limit)
     calls, forward = [], varlen.forward
     monkeypatch.setattr(varlen, "forward", lambda *args, **options: calls.append(args) or forward(*args, **options))
     world = World("torch", torch.float32, seed=1)
@@ -188,26 +189,26 @@ def test_prefills_copy_a_limited_number_of_keys_at_once(monkeypatch, limit, laun
 
 def test_prefills_next_to_one_another_are_neither_copied_nor_indexed():
     pages = Pages.of([KVSpan(3, 1, [0]), KVSpan(0, 3, [4]), KVSpan(14, 4, [1, 2]), KVSpan(0, 1, [3])], 16)
-    (together,) = torch_attention._prefills_together(pages, None, 1000, CPU)
+    (together,) = paged._prefills_together(pages, None, 1000, CPU)
     assert together.rows == slice(1, 8)
     assert together.batch.row_starts.tolist() == [0, 3, 7] and together.batch.key_starts.tolist() == [0, 3, 21]
     assert (together.batch.longest_rows, together.batch.longest_keys) == (4, 18)
     assert together.slots.tolist() == [64, 65, 66, *range(16, 34)]
     assert all(each.dtype == torch.int32 for each in (together.slots, together.batch.row_starts))
-    assert torch_attention._prefills_together(pages, None, 1000, CPU)[0] is together
-    assert torch_attention._prefills_together(Pages.of([KVSpan(3, 1, [0])], 16), None, 1000, CPU) == []
+    assert paged._prefills_together(pages, None, 1000, CPU)[0] is together
+    assert paged._prefills_together(Pages.of([KVSpan(3, 1, [0])], 16), None, 1000, CPU) == []
 
 
 def test_a_gpu_gets_prefills_in_one_call(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch_attention, "attend_prefills_together", lambda *args: calls.append(args))
+    monkeypatch.setattr(paged, "attend_prefills_together", lambda *args: calls.append(args))
     kv = LayerKV(on_meta(4, 16, 2, 64), on_meta(4, 16, 2, 64), 16, 2, 64)
     pages = Pages.of([KVSpan(0, 3, [1])], 16)
 
     class OnGpu:
         device, dtype = torch.device("cuda"), torch.bfloat16
 
-    torch_attention.attend_prefills(OnGpu(), None, 8, kv, pages, 1.0, None)
+    paged.attend_prefills(OnGpu(), None, 8, kv, pages, 1.0, None)
     assert len(calls) == 1
 
 

@@ -7,7 +7,7 @@ import torch
 
 from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, Site, triton
-from loramill.kernels.embedding import adapt_embedding
+from loramill.kernels.adapters.embedding import adapt_embedding
 
 from .oracle import assert_near, filled_slab, random_delta
 

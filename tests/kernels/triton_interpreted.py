@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, Site, Slab
-from loramill.kernels.adapter import ROWS
+from loramill.kernels.adapters.packing import ROWS
 from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
 from loramill_bench.kernels import cuda
 

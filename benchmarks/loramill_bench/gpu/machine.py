@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from loramill.gpus.machine import gpu_problem, list_gpus, torch_cuda_version
-from loramill.kernels import varlen
-from loramill.kernels.varlen import VarlenBatch
+from loramill.kernels.attention import varlen
+from loramill.kernels.attention.varlen import VarlenBatch
 from loramill_bench.gpu.stage import Context
 from loramill_bench.results import Result
 

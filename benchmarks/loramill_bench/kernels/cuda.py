@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from loramill.kernels import reference
-from loramill.kernels.adapter import Delta, Layout, Site
+from loramill.kernels.adapters.packing import Delta, Layout, Site
+from loramill.kernels.adapters.slab import SiteSlab, Slab
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.memory import aligned
-from loramill.kernels.slab import SiteSlab, Slab
 
 
 @dataclass(frozen=True, slots=True)

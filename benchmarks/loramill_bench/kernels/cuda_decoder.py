@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loramill.kernels import reference
-from loramill.kernels.adapter import LOOKUP, Delta, Site
+from loramill.kernels.adapters.packing import LOOKUP, Delta, Site
 from loramill.kernels.backend import Activation, Backend, HeadNorms, LayerKV
 from loramill.kernels.batch import Batch
 from loramill.kernels.paging import KVSpan, Pages

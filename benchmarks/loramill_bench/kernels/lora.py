@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from loramill.kernels.adapter import Delta, Site, pack
+from loramill.kernels.adapters.packing import Delta, Site, pack
+from loramill.kernels.adapters.slab import Slab
 from loramill.kernels.backend import Backend
 from loramill.kernels.batch import Batch, Slot
-from loramill.kernels.slab import Slab
 from loramill.pipelines.compare.timing import Effort, interleaved, reader
 from loramill_bench.kernels.model import Linears, step
 from loramill_bench.results import Result

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from loramill.kernels.adapter import Site
+from loramill.kernels.adapters.packing import Site
+from loramill.kernels.adapters.slab import Slab
 from loramill.kernels.backend import Backend, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.slab import Slab
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from loramill.jobs.train.batching import PackedRows
-from loramill.kernels import varlen
-from loramill.kernels.varlen import VarlenBatch
+from loramill.kernels.attention import varlen
+from loramill.kernels.attention.varlen import VarlenBatch
 
 #: Name under which `attend` is registered with transformers.
 IMPLEMENTATION_NAME = "loramill_short_rows"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from loramill.errors import EngineFault, LoramillError
 from loramill.kernels import Slot
-from loramill.kernels.adapter import RANK
+from loramill.kernels.adapters.packing import RANK
 from loramill.kernels.peft_folder import BaseModules
 from loramill.serve.engine.adapters.host_cache import HostCache
 from loramill.serve.engine.adapters.loader import AdapterLoader, FetchedAdapter

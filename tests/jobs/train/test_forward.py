@@ -30,7 +30,7 @@ from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.attention import VARLEN_NAMES, VarlenLayout, attend, attend_varlen
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.jobs.train.ops.norm import rms_norm
-from loramill.kernels import varlen
+from loramill.kernels.attention import varlen
 
 from .tiny_training import random_examples, tiny_model
 

@@ -26,7 +26,8 @@ from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import layers
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards, layer_forwards
-from loramill.kernels import training, varlen
+from loramill.kernels import training
+from loramill.kernels.attention import varlen
 from loramill_bench.kernels import cuda_training, on_cuda
 
 from ...llama import tiny_llama

@@ -27,7 +27,7 @@ from loramill.jobs.train.loop import TrainContext, train
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards
-from loramill.kernels import varlen
+from loramill.kernels.attention import varlen
 from loramill.sizing import anatomy
 from loramill.sizing.memory import MemoryRow, activations, estimate, largest_row
 from loramill.sizing.targets import trained_elements

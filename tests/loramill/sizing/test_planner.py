@@ -187,7 +187,7 @@ def test_sizing_and_training_agree_on_what_is_computed_how() -> None:
 
     from loramill.jobs.train import forward
     from loramill.jobs.train.ops import loss
-    from loramill.kernels import varlen
+    from loramill.kernels.attention import varlen
     from loramill.sizing import memory
 
     assert (memory.HEAD_ROWS, memory.EAGER_TOKENS) == (loss.HEAD_ROWS, forward.MAX_EAGER_TOKENS)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loramill.errors import NotEnoughMemory, SettingsInvalid
 from loramill.gpus import CONTEXT_BYTES
-from loramill.kernels import torch_attention
+from loramill.kernels.attention import paged
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
 from loramill.serve.engine.sampling.logprobs import SLICE_BYTES
 from loramill.serve.engine.sampling.sampler import Sampler
@@ -58,7 +58,7 @@ def test_sampling_takes_what_is_left_for_it() -> None:
     assert 0.9 * bound < peak < bound
     assert table < 1.01 * serving._SHIFTS * rows * vocabulary
     assert serving._SAMPLED_AT_ONCE * 8 == SLICE_BYTES
-    assert serving._GATHERED == torch_attention.GATHERED
+    assert serving._GATHERED == paged.GATHERED
 
 
 def test_a_step_leaves_room_for_sampling_and_gathered_prompts() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loramill.kernels import torch_backend
-from loramill.kernels.adapter import RANK
+from loramill.kernels.adapters.packing import RANK
 from loramill.serve.engine import Engine, EngineConfig
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler
 from loramill.serve.model import Decoder, graphs, load_decoder, loading

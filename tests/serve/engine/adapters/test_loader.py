@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loramill.errors import Unavailable
-from loramill.kernels import slab
-from loramill.kernels.copy_stream import HostCopies
+from loramill.kernels.adapters import slab
+from loramill.kernels.adapters.copy_stream import HostCopies
 from loramill.serve.engine import Engine, EngineConfig
 from loramill.serve.model import load_model
 

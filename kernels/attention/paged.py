@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from loramill.kernels import capped, varlen
+from loramill.kernels.attention import capped, varlen
 from loramill.kernels.backend import LayerKV
 from loramill.kernels.memory import to_device
 from loramill.kernels.paging import BLOCKS, COUNT, FIRST, START, KVSpan, Pages

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from loramill.kernels.adapter import RANK, scales_offset
+from loramill.kernels.adapters.packing import RANK, scales_offset
+from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.batch import Batch, Run
-from loramill.kernels.slab import SiteSlab
 
 
 def adapt_embedding(

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from loramill.errors import EngineFault
-from loramill.kernels.adapter import (
+from loramill.kernels.adapters.copy_stream import CopyStream, Mark, new_copy_stream
+from loramill.kernels.adapters.packing import (
     GAIN,
     RANK,
     A,
@@ -25,7 +26,6 @@ from loramill.kernels.adapter import (
     scales_offset,
 )
 from loramill.kernels.batch import Batch, Slot
-from loramill.kernels.copy_stream import CopyStream, Mark, new_copy_stream
 from loramill.kernels.memory import Allocator, Extents, host_memory, populate
 
 

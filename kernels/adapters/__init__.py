@@ -1,0 +1,1 @@
+"""Adapters in memory: packed, resident in a slab, copied to a GPU beside its steps."""
