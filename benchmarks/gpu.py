@@ -1,4 +1,7 @@
-"""Checks and measures loramill on this machine's GPU, from a checkout that need not be installed: docs/howto/gpu.md."""
+"""Checks and measures loramill on this machine's GPU, from a checkout that need not be installed.
+
+See docs/howto/gpu-check.md.
+"""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class HeadNorms:
     Attributes:
         q: [head_dim], for each query head.
         k: [head_dim], for each key head.
-        eps: Epsilon of both.
-        offset: Added to both weights.
+        eps: Epsilon of both norms.
+        offset: A number that is added to both weights.
     """
 
     q: torch.Tensor
@@ -112,7 +112,14 @@ class HeadNorms:
     offset: float = 0.0
 
     def apply(self, rms_norm: Callable[..., torch.Tensor], qkv: torch.Tensor, heads: int, kv: LayerKV) -> None:
-        """Normalizes the heads of qkv in place, by a backend's `rms_norm`."""
+        """Normalizes query and key heads in place.
+
+        Args:
+            rms_norm: The `rms_norm` of a backend.
+            qkv: [rows, (heads + 2 kv_heads) * head_dim]; its values are unchanged.
+            heads: Number of query heads.
+            kv: The layer's keys and values, for the shapes.
+        """
         split = qkv.view(len(qkv), -1, kv.head_dim)
         for part, weight in ((split[:, :heads], self.q), (split[:, heads : heads + kv.kv_heads], self.k)):
             part.copy_(rms_norm(part, weight, self.eps, self.offset))
@@ -141,7 +148,10 @@ class Backend(Protocol):
     def pack_quantized(self, matrix: Quantized, dtype: torch.dtype) -> Weight:
         """Like `pack(matrix.values(dtype))`, with the same results in less memory.
 
-        Codes in float8 are for GPUs, where `linear` rounds x to float8 as well; CPUs refuse them.
+        Codes in float8 are for GPUs, where `linear` rounds x to float8 as well.
+
+        Raises:
+            EngineFault: The codes are float8, and the backend has no product for them.
         """
 
     def embed(self, tokens: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -159,7 +169,7 @@ class Backend(Protocol):
         """Applies each run's adapter of an embedding; see `loramill.kernels.adapters.embedding.adapt_embedding`."""
 
     def pack_experts(self, weights: torch.Tensor) -> Weight:
-        """Converts matrices [experts, d_out, d_in] to the layout of `grouped_linear`: `data` has one more axis."""
+        """Converts matrices [experts, d_out, d_in] to the layout of `grouped_linear`; `data` has an axis of experts."""
 
     def grouped_linear(self, x: torch.Tensor, weights: Weight, ends: torch.Tensor) -> torch.Tensor:
         """`linear` of each expert for its own rows of x [rows, d_in]; returns [rows, d_out].
@@ -217,7 +227,7 @@ class Backend(Protocol):
             sin: Like cos.
             kv: The layer's keys and values.
             pages: The paging of the step.
-            norms: Of the heads, before they are rotated; None: none.
+            norms: The norms that heads pass through before they are rotated; None: heads are not normalized.
         """
 
     def attention(

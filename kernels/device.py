@@ -29,8 +29,8 @@ def device_works(device: torch.device) -> bool:
 def turn_off_cudnn_attention() -> None:
     """Keeps torch from cuDNN's attention, for the whole process.
 
-    It makes a plan for each new length, which takes about 0.4 s forward and 0.5 s backward, and every prompt and every
-    training pass has one. torch prefers it on Hopper and Blackwell from 2.11 on.
+    cuDNN makes a plan for each new length, in about 0.4 s forward and 0.5 s backward, and almost every prompt and
+    training pass has a new length. torch prefers cuDNN on Hopper and Blackwell from 2.11 on.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -21,9 +21,9 @@ class Experts:
 
     Attributes:
         router: [experts, d].
-        gate_up: From `Backend.pack_experts`, of [experts, 2 inner, d].
-        down: Likewise, of [experts, d, inner].
-        top_k: Number of experts of a row.
+        gate_up: Packed by `Backend.pack_experts` from [experts, 2 inner, d].
+        down: Packed likewise from [experts, d, inner].
+        top_k: Number of experts per row.
         normalized: Whether the weights of a row's experts are divided by their sum.
     """
 
@@ -41,20 +41,20 @@ def run_experts(ops: Backend, experts: Experts, x: torch.Tensor, activation: Act
         ops: The backend that packed the weights.
         experts: The experts.
         x: [rows, d].
-        activation: Of the gates.
+        activation: The activation of the gates.
 
     Returns:
         [rows, d].
     """
     shares, chosen = _route(ops, experts, x)
     owners, order = chosen.flatten().sort(stable=True)
-    # Of each expert, the number of rows up to its last.
+    # For each expert, the end of its rows.
     ends = torch.searchsorted(owners, torch.arange(experts.router.d_out, device=x.device), right=True).int()
     inner = ops.grouped_linear(x[order // experts.top_k], experts.gate_up, ends)
     sorted_out = ops.grouped_linear(ops.gated_activation(inner, activation), experts.down, ends)
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
-    # One order of sums for each row, which adding row by row in place would not have on a GPU.
+    # A batched product adds a row's experts in one order; additions in place by a GPU would not.
     return torch.bmm(shares[:, None], out.view(len(x), experts.top_k, out.shape[1]))[:, 0]
 
 

@@ -76,8 +76,8 @@ class Stack:
         norm: The final norm.
         heads: Number of query heads.
         eps: Epsilon of all norms.
-        norm_offset: Added to the weights of all norms.
-        activation: Of the gates of all layers.
+        norm_offset: A number that is added to the weights of all norms.
+        activation: The activation of the gates of all layers.
         scale: Factor of the scores of attention; None: `head_dim ** -0.5`.
         cap: Scores become `cap * tanh(score / cap)`; None: they are not capped.
     """
@@ -93,7 +93,7 @@ class Stack:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether the layers have nothing but what Llama's, Mistral's, Qwen2's and Qwen3's have."""
+        """Whether the layers have only features of the families Llama, Mistral, Qwen2 and Qwen3."""
         return (
             (self.norm_offset, self.activation, self.scale, self.cap) == (0.0, "silu", None, None)
             and all(isinstance(layer.mlp, Mlp) for layer in self.layers)

@@ -62,9 +62,10 @@ def populate(memory: torch.Tensor) -> None:
 
 
 def page_locked(size: int) -> torch.Tensor | None:
-    """Bytes [size] of any content that a GPU reads and writes by itself; None, with a warning, if it can't have them.
+    """Page-locked host memory, uint8 [size], not initialized; None, with a warning, if it can't be allocated.
 
-    The driver may stop the device meanwhile, so they are allocated before the first step.
+    A GPU copies from and to such memory without the CPU. The driver may stop the device during the allocation, which
+    therefore belongs before the first step.
     """
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -75,7 +76,7 @@ def page_locked(size: int) -> torch.Tensor | None:
 
 @functools.cache
 def _warn_of_pageable_memory(reason: str) -> None:
-    log.warning("no page-locked memory, adapters are copied to the GPU by the CPU: %s", reason)
+    log.warning("no page-locked memory, so that the CPU copies adapters to the GPU: %s", reason)
 
 
 def page_locked_blocks(size: int) -> list[torch.Tensor]:

@@ -127,7 +127,7 @@ class Pages:
 
 
 def _fault(spans: Sequence[KVSpan], block_size: int) -> EngineFault:
-    """The error of the first span that is not valid."""
+    """The error about the first span that is not valid."""
     needed = [-(-span.stop // block_size) for span in spans]
     number = next(
         index

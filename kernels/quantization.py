@@ -96,7 +96,7 @@ def dequantize(rounded: Quantized | torch.Tensor, dtype: torch.dtype) -> torch.T
 def pack_nf4(weight: torch.Tensor) -> PackedNf4:
     """Quantizes a weight [d_out, d_in] to NF4 by bitsandbytes' own quantizer, on the weight's device.
 
-    A GPU takes a second or two for a base of 8B; a CPU quantizes about 27 M weights per second and thread.
+    A GPU takes a second or two for a base of 8B; a CPU quantizes about 27 million weights per second and thread.
 
     The quantizers for CPUs and GPUs follow one rule, but differ in the last bit of 1 / largest: a weight exactly
     between two codes may get either one. Processes that must have the same codes therefore share them

@@ -102,8 +102,8 @@ def gated_activation(gate_up: torch.Tensor, activation: Activation = "silu") -> 
     if activation == "silu":
         return (gate / (1 + (-gate).exp()) * up).to(gate_up.dtype)
     # Hendrycks and Gimpel 2016, section 2.
-    turned = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    return (gate * (1 + turned.tanh()) / 2 * up).to(gate_up.dtype)
+    angle = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (gate * (1 + angle.tanh()) / 2 * up).to(gate_up.dtype)
 
 
 def new_kv(

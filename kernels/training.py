@@ -34,8 +34,8 @@ class Trainable:
         scale: Factor of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
         dropout: Probability that an element of x is dropped for the adapter, rounded to multiples of 1 / DROPOUT_STEPS.
         seed: Seed of the dropout; see `dropout_seed`.
-        cast: a and b in the dtype in which the adapter computes, whatever x's; None if that is their own. Gradients are
-            computed in it and returned in a's dtype. One cast serves all passes until a and b change.
+        cast: a and b in the dtype in which the adapter computes, if that is not their own. Gradients are computed in
+            that dtype and returned in a's. One cast serves all passes until a and b change.
     """
 
     a: torch.Tensor

@@ -2,13 +2,14 @@
 
 On a GPU, kernels run on one stream and copies on another, so that no step waits for a copy:
 
-- A copy may overwrite bytes that launched kernels still read: those of a freed slot, also by a graph or by a pass that
-  was launched ahead. So it waits on the device for a `mark` of the kernels' stream, made when the bytes were freed.
-- A kernel may read what was copied only once the copy has ended. So `copy` returns when it has, and only then is the
-  slot handed to the engine. The alternative, kernels that wait for the copy on the device, would hold up all rows of a
-  step for one row's adapter.
-- As `copy` returns at the end, its source may be reused or freed, and a slab that is dropped stays in memory until a
-  copy into it has ended.
+- A copy may target bytes that launched kernels still read: those of a freed slot, which a graph or a pass that was
+  launched ahead may use. The copy therefore waits on the device for a `mark` of the kernels' stream, which was made
+  when the bytes were freed.
+- A kernel may read the copied bytes only after the copy has ended. `copy` therefore returns at that point, and the
+  engine gets the slot afterwards. If kernels waited for the copy on the device instead, one row's adapter would hold up
+  all rows of a step.
+- Once `copy` has returned, its source may be reused or freed. A slab that is dropped stays in memory until a copy into
+  it has ended.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class CopyStream(Protocol):
 
 
 def new_copy_stream(device: torch.device) -> CopyStream:
-    """The copies to a device."""
+    """Returns the copies to a device."""
     return CudaCopyStream(device) if device.type == "cuda" else HostCopies()
 
 
 class HostCopies:
-    """Copies to a device that computes while it is called: nothing is pending."""
+    """Copies to a device that finishes each operation before the call returns, so nothing is pending."""
 
     def mark(self) -> Mark:
         """See `CopyStream.mark`."""
@@ -67,17 +68,17 @@ class CudaCopyStream:
     """Copies to a GPU on a stream of their own.
 
     Page-locked memory is copied directly. Other memory goes piece by piece through two page-locked buffers: while one
-    is copied to the GPU, the other is filled. The driver would do the same on its own, with its locks held: launches of
-    the engine's thread would wait.
+    is copied to the GPU, the other is filled. The driver would do the same, but with its locks held, so that the
+    engine's thread could not launch kernels meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # torch hands out 32 streams per priority in turn: this priority keeps apart from it the streams on which graphs
-        # are captured.
+        # torch has 32 streams per priority and hands them out in turn. With another priority, this stream is never one
+        # on which a graph is captured.
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
-        # The buffers are there before the first step: the driver may stop the device to page-lock memory.
+        # Allocated before the first step, since the driver may stop the device to page-lock memory.
         stages = [page_locked(STAGE_BYTES) for _ in range(2)]
         self._stages = [(stage, self._event()) for stage in stages if stage is not None]
 
@@ -110,5 +111,5 @@ class CudaCopyStream:
             sent.record(self._stream)
 
     def _event(self) -> torch.cuda.Event:
-        # The waiting thread sleeps: a core that it spins on may be the engine's.
+        # The waiting thread sleeps; if it polled, it might take the engine's core.
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

@@ -36,7 +36,7 @@ class _Allocation:
     Attributes:
         taken: Whether it was allocated.
         loaded: Whether all of its weights are copied.
-        unread: The point of the device's computation after which nothing reads what these bytes held before.
+        unread: The point of the device's computation after which no kernel reads the earlier content of these bytes.
     """
 
     generation: int = 0
@@ -82,8 +82,8 @@ class Slab:
             sites, dtype, layout: See the attributes.
             slots: Number of slots.
             size: Bytes of the arena.
-            device: Of the arena.
-            copies: Copies to the device; None: those of `new_copy_stream`.
+            device: The device of the arena.
+            copies: The copies to the device; None: those of `new_copy_stream`.
         """
         self.sites = tuple(sites)
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""Attention with capped scores in plain torch, since neither FlashAttention nor SDPA of torch has a cap.
+"""Attention with capped scores in plain torch, whose FlashAttention and SDPA have no cap.
 
 Scores become `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118, section 2). They are float32: in bfloat16 those near
 a cap of 50 would be multiples of 0.25.
@@ -22,7 +22,7 @@ def attend(
         keys, values: [n, KV heads, positions, d].
         mask: bool, broadcast to [n, KV heads, rows, positions]: the positions that a row sees.
         scale: Factor of the scores.
-        cap: Of the scores.
+        cap: Bound of the scores.
 
     Returns:
         [n, KV heads, rows, d].
@@ -39,7 +39,7 @@ def attend_last(
     Args:
         q: [rows, heads, d], of the last positions.
         keys, values: [positions, KV heads, d].
-        scale, cap: As of `attend`.
+        scale, cap: See `attend`.
         window: Number of positions that a row sees, including its own; None: all.
 
     Returns:

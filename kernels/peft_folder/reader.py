@@ -73,7 +73,11 @@ class AdapterModule:
         return tensors
 
     def delta(self, gain: torch.Tensor | None) -> Delta:
-        """The normal form, with DoRA's gain float32 [d_out]; None without a magnitude."""
+        """The normal form.
+
+        Args:
+            gain: DoRA's gain, float32 [d_out]; None without a magnitude.
+        """
         return Delta(self.a, self.b, gain, self.lookup, self.scale)
 
 

@@ -181,7 +181,7 @@ def attend_launch(
 
     Args:
         shared: Bytes of shared memory of a multiprocessor.
-        cap: Of the scores; None: they are not capped.
+        cap: Bound of the scores; None: they are not capped.
     """
     # The matrix units take at least 16 rows and columns.
     dim = max(16, triton.next_power_of_2(head_dim))

@@ -20,10 +20,10 @@ from triton.runtime import driver
 
 @contextmanager
 def parallel_compilation() -> Iterator[None]:
-    """Within, a kernel that is not compiled yet is not launched: other threads compile it, and are done at the end.
+    """Compiles kernels in other threads instead of launching them; at the end of the block, all are compiled.
 
-    What is computed within is arbitrary. A kernel that can't be compiled raises its error when it is launched
-    afterwards. One thread enters, and only it launches kernels meanwhile.
+    Results that are computed in the block are arbitrary. A kernel that can't be compiled raises its error at its next
+    launch. Only the thread that entered the block may launch kernels in it.
     """
     pending: dict[tuple[object, str], Future[None]] = {}
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 #: sqrt(8 / pi): twice the factor of Hendrycks and Gimpel 2016, section 2, since tanh(u) is 2 sigmoid(2 u) - 1.
-_GELU = tl.constexpr(1.5957691216057308)
+_SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
@@ -63,8 +63,8 @@ def gate_row(gate_up, y, d, gate_up_row, GELU: tl.constexpr, BLOCK: tl.constexpr
     inside = n < d
     gate = tl.load(gate_up + row * gate_up_row + n, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * gate_up_row + d + n, mask=inside, other=0.0).to(tl.float32)
-    slope = _GELU * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    active = (gate / (1 + tl.exp(-slope))).to(y.dtype.element_ty).to(tl.float32)
+    angle = _SQRT_8_OVER_PI * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    active = (gate / (1 + tl.exp(-angle))).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * d + n, (active * up).to(y.dtype.element_ty), mask=inside)
 
 

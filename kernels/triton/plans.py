@@ -38,7 +38,7 @@ class Expand:
         ranks: Ranks per iteration.
         width: Columns per program.
         warps: Of a program.
-        registers: Maximum per thread; None: ptxas chooses.
+        registers: Maximum number of registers per thread; None: ptxas chooses.
     """
 
     ranks: int
@@ -90,14 +90,14 @@ class Launch:
     options: Mapping[str, int]
 
 
-#: Registers that a thread of a one-row program may use: the 65,536 of a multiprocessor over 4 programs of 128 threads.
-#: Without a limit, ptxas takes 80 for more programs and spills one.
+#: Registers per thread of a one-row program: a multiprocessor's 65,536, divided among 4 programs of 128 threads.
+#: Without a limit, ptxas assigns 80 registers, for more programs, and spills one.
 REGISTERS = 128
 
 #: (rows of the longest run up to, ranks up to, plan); the first that fits is used.
-#: These would spill registers: an expand of 32 ranks per iteration (16 rows on sm_120, 64 rows on all); a shrink of 64
-#: ranks and rows with 4 warps (sm_89 and sm_120, which lack wgmma); and an expand of 64 rows without a number of
-#: registers, of which ptxas takes 128 there.
+#: The following were rejected since they spill registers: an expand of 32 ranks per iteration (16 rows on sm_120, 64
+#: rows everywhere); a shrink of 64 ranks and 64 rows with 4 warps (sm_89 and sm_120, which lack wgmma); and an expand
+#: of 64 rows without a number of registers, for which ptxas chooses 128.
 TABLE: tuple[tuple[float, int, TilePlan], ...] = (
     (3, 256, TilePlan(1, Shrink(16, 512, 16, 4, 1), Expand(16, 512, 4, REGISTERS))),
     (32, 16, TilePlan(16, Shrink(16, 256, 16, 4, 4), Expand(16, 128, 4))),

@@ -16,8 +16,8 @@ from loramill.kernels.backend import Codebook, Quantized, Weight
 from loramill.kernels.triton import quantized_kernels
 from loramill.kernels.triton.plans import Launch
 
-#: Rows for which int8 is multiplied by our kernel; with more, writing the dequantized matrix once (3 bytes per weight)
-#: and multiplying it by cuBLAS takes less time.
+#: Maximum number of rows for our int8 kernel; for more, writing the dequantized matrix once (3 bytes per weight) and
+#: multiplying by cuBLAS takes less time.
 INT8_ROWS = 256
 #: The rounding of rows to float8; a program loads 4,096 elements of its row at once.
 FP8_LAUNCH = Launch("quantize_rows", {"DEPTH": 4096}, {"num_warps": 8})
@@ -26,7 +26,7 @@ FP8_LAUNCH = Launch("quantize_rows", {"DEPTH": 4096}, {"num_warps": 8})
 def pack_quantized(matrix: Quantized, dtype: torch.dtype) -> Weight:
     """Keeps the codes: those of NF4 two per byte, as bitsandbytes packs them.
 
-    A matrix whose shape a product does not take is stored as its values in `dtype`.
+    A matrix whose shape no quantized product supports is stored as its values in `dtype`.
 
     Raises:
         EngineFault: The levels are not NF4's.
@@ -71,7 +71,7 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _fits(matrix: Quantized) -> bool:
-    """Whether the product of a kind of codes takes a matrix of this shape."""
+    """Whether there is a product for these codes and this shape."""
     d_out, d_in = matrix.codes.shape
     if matrix.levels is not None:
         # bitsandbytes 0.50 (csrc/gemm_4bit*.cu) reads 32 inputs at a time with one scale, writes two outputs at a time,
@@ -93,9 +93,12 @@ def _check_levels(levels: torch.Tensor) -> None:
 
 
 def _nf4_linear(x: torch.Tensor, weight: Weight, codebook: Codebook) -> torch.Tensor:
-    """bitsandbytes' product: by kernels of its own for few rows, of which those for up to three round levels and scales
-    to x's dtype (an error of 2^-8 of a weight in bfloat16); with more rows, it dequantizes as for training and calls
-    cuBLAS, which moves 4.6 bytes per weight. The limit depends on the GPU and the shape."""
+    """Calls bitsandbytes' product.
+
+    Few rows are multiplied by kernels of bitsandbytes; those for up to three rows round levels and scales to x's dtype
+    (an error of 2^-8 of a weight in bfloat16). For more rows, bitsandbytes dequantizes as in training and calls cuBLAS,
+    which moves 4.6 bytes per weight. The limit depends on the GPU and the shape.
+    """
     shape = [weight.d_out, weight.d_in]
     y: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(x, weight.data, shape, codebook.scales, codebook.group, "nf4")
     return y

@@ -20,7 +20,7 @@ from loramill.kernels.quantization import PackedNf4, pack_nf4
 
 #: Increases with every change of the files, so that older ones are not used.
 FORMAT = 1
-#: Number of bases that are kept: those used last.
+#: Number of most recently used bases that are kept.
 KEPT = 3
 #: Seconds after which a file that is still being written belongs to a process that was killed.
 _ABANDONED_SECONDS = 3600
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class Nf4Cache:
     """The linears of one base, each in a file `<cache>/nf4/<fingerprint>-<format>/<module>.safetensors`.
 
-    The fingerprint covers weights and quantization, so another version of a base has another folder. A file appears by
-    a hard link and is never replaced: any number of processes may quantize at once, and all use the codes of the first,
-    whatever their devices. A file that is damaged is deleted and made anew. Where nothing can be written, `pack`
-    quantizes each time.
+    The fingerprint covers weights and quantization, so another version of a base has another folder. A file is created
+    by a hard link and never replaced: any number of processes may quantize at once, and all use the codes of the first
+    one to finish, whatever their devices. A damaged file is deleted and written again. If the folder can't be written
+    to, `pack` quantizes each time.
     """
 
     def __init__(self, cache: Path, fingerprint: str, device: torch.device) -> None:
@@ -79,12 +79,12 @@ class Nf4Cache:
             _discard(file, str(error))
             return None
         if _checksum(tensors) != expected:
-            _discard(file, "its checksum is another")
+            _discard(file, "its checksum does not match")
             return None
         return PackedNf4.of_tensors(tensors)
 
     def _write(self, file: Path, packed: PackedNf4) -> bool:
-        """Writes a file; returns whether it is this process's, and not one that another process wrote meanwhile."""
+        """Writes a file; returns False if another process wrote it meanwhile."""
         tensors = packed.tensors()
         building = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:
@@ -96,7 +96,7 @@ class Nf4Cache:
         except FileExistsError:
             return False
         except (SafetensorError, OSError) as error:
-            log.warning("quantized weights can't be kept in %s, and every start quantizes: %s", self._folder, error)
+            log.warning("quantized weights can't be written to %s; every start quantizes: %s", self._folder, error)
             self._writes = False
         finally:
             with suppress(OSError):
@@ -123,7 +123,7 @@ def remove_unused(root: Path) -> None:
     )
     for folder in folders:
         if folder not in current[:KEPT]:
-            log.info("deleting quantized weights that were not used last: %s", folder)
+            log.info("deleting quantized weights, since other bases were used later: %s", folder)
             shutil.rmtree(folder, ignore_errors=True)
     for file in root.glob("*/.*"):
         if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
@@ -138,7 +138,7 @@ def _mark_as_used(folder: Path) -> None:
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sums of each tensor's 64-bit words, computed where it is: pages that were never written change them."""
+    """The sum of each tensor's 64-bit words, computed on its device; it detects pages that were never written."""
 
     def words(tensor: torch.Tensor) -> torch.Tensor:
         data = tensor.reshape(-1).view(torch.uint8)

@@ -27,7 +27,7 @@ _PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-#: What a text model has in common with the checkpoint.
+#: Files that a text model has in common with the checkpoint.
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template*")
 
 
@@ -35,7 +35,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the text model of a checkpoint of `TEXT_ARCHITECTURES`, with the defaults that it leaves out.
 
     Raises:
-        BaseUnusable: transformers does not know it.
+        BaseUnusable: transformers can't read it.
     """
     from transformers import AutoConfig
 
@@ -68,14 +68,14 @@ def ensure_text_model(folder: Path, config: Mapping[str, Any], cache: Path) -> P
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(target.with_suffix(".lock")):
         if not target.is_dir():
-            half = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+            building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
             try:
-                _write(folder, text_config(config), files, half)
-                half.chmod(0o755)
-                half.rename(target)
+                _write(folder, text_config(config), files, building)
+                building.chmod(0o755)
+                building.rename(target)
                 fsync(target.parent)
             finally:
-                shutil.rmtree(half, ignore_errors=True)
+                shutil.rmtree(building, ignore_errors=True)
     return target
 
 

@@ -342,9 +342,9 @@ def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool
 
 
 def _gated(base: Anatomy, device: Device) -> int:
-    """How many of the two factors of the MLP's product and the activated one are saved.
+    """How many of three tensors of the MLP's width are saved: gate, up, and the activated gate.
 
-    A GPU activates again, but for experts, which transformers computes.
+    On a GPU the activation is computed again, except in experts, which transformers computes.
     """
     return 2 if device == "cuda" and base.llama_like and base.experts is None else 3
 

@@ -43,7 +43,7 @@ _BATCH_TOKENS, _STEP_SHARE = (2048, 1024, 512, 256), 0.25
 #: The smallest useful KV cache, in tokens.
 _MIN_KV_TOKENS = 512
 
-_QUANTIZE = 'quantize the base (quantization = "nf4", or serve.quantization = "fp8")'
+_QUANTIZE_HINT = 'quantize the base (quantization = "nf4", or serve.quantization = "fp8")'
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def gpu_limits(
         raise NotEnoughMemory(
             f"{gpu.name} has {max(0, free_bytes) / 1e9:.1f} GB for the engine besides the base, which is too little: "
             f"a step takes {step / 1e9:.1f} GB and adapters take {adapters / 1e9:.1f} GB. Raise serve.gpu_fraction, "
-            f"lower serve.max_batch_tokens, {_QUANTIZE}, or use a larger GPU."
+            f"lower serve.max_batch_tokens, {_QUANTIZE_HINT}, or use a larger GPU."
         )
     default = EngineLimits(
         max_batch_tokens=batch,
@@ -130,7 +130,7 @@ def planned_limits(
         gpu: the GPU.
         base: the base that it will serve.
         quantization: that of the base for training; the engine may store it in float8 by the settings.
-        settings: of the engine.
+        settings: the engine's settings.
         host_free_bytes: free memory of the host.
 
     Raises:
@@ -144,7 +144,7 @@ def planned_limits(
     if free < 0:
         raise NotEnoughMemory(
             f"The base's weights take {weights / 1e9:.1f} GB, and the engine has {share / 1e9:.1f} GB of {gpu}: raise "
-            f"serve.gpu_fraction, {_QUANTIZE}, or use a larger GPU."
+            f"serve.gpu_fraction, {_QUANTIZE_HINT}, or use a larger GPU."
         )
     return gpu_limits(gpu, base, served, settings, free_bytes=free, host_free_bytes=host_free_bytes)
 

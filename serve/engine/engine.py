@@ -76,7 +76,7 @@ class Engine:
         # Made for the first logits of a model that is asynchronous.
         self._device_sampler: DeviceSampler | None = None
         self._ahead: AheadPass | None = None
-        # Of the last pass ahead: most have the same rows.
+        # The slots and the batch of the last pass ahead; the next one mostly has the same rows.
         self._ahead_slots: list[Slot | None] = []
         self._ahead_batch = Batch.of([])
         blocks = c.kv_tokens // c.block_size

@@ -42,7 +42,7 @@ def warm_up(
 
     def run_steps() -> None:
         for rank in expected:
-            with _zeros(slab, rank) as slot:
+            with _slot_of_zeros(slab, rank) as slot:
                 if rank and slot is None:
                     continue
                 for chunks in _steps(config, model):
@@ -105,7 +105,7 @@ def _steps(config: EngineConfig, model: Model) -> Iterator[list[Chunk]]:
 
 
 @contextmanager
-def _zeros(slab: Slab, rank: int) -> Iterator[Slot | None]:
+def _slot_of_zeros(slab: Slab, rank: int) -> Iterator[Slot | None]:
     """The slot of an adapter of zeros; None for rank 0, and if the slab has no room."""
     adapter = _zero_adapter(slab, rank) if rank else None
     slot = None if adapter is None else slab.allocate(adapter.bytes)

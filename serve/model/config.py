@@ -15,7 +15,11 @@ from loramill.kernels.backend import Activation
 _GEMMA = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 #: What the decoder supports: `loramill.models.catalog.NATIVE_ARCHITECTURES`, which this package does not import.
 ARCHITECTURES = (
-    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
     *_GEMMA,
 )
 _QK_NORMED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
@@ -80,11 +84,11 @@ class DecoderConfig:
         qk_norm: Whether queries and keys are normalized per head.
         biased: Names of the linears with a bias.
         windows: For each layer, the number of positions that a row sees, including its own; None: all.
-        local_rope: The rope of layers with a window, if it is another one than that of the others.
+        local_rope: The rope of layers with a window; None: all layers have the same.
         experts: None if each layer has an MLP.
-        activation: Of the gates.
-        norm_offset: Added to the weights of all norms.
-        sandwiched: Whether the outputs of attention and MLP are normalized before they are added.
+        activation: The activation of the gates.
+        norm_offset: A number that is added to the weights of all norms.
+        output_norms: Whether the outputs of attention and MLP are normalized before they are added.
         embedding_scale: Factor of the embeddings.
         attention_scale: Factor of the scores of attention.
         attention_cap: Scores become `cap * tanh(score / cap)`; None: they are not capped.
@@ -110,7 +114,7 @@ class DecoderConfig:
     experts: ExpertsConfig | None
     activation: Activation
     norm_offset: float
-    sandwiched: bool
+    output_norms: bool
     embedding_scale: float
     attention_scale: float
     attention_cap: float | None
@@ -180,7 +184,7 @@ def _parse(raw: dict[str, Any], path: Path) -> DecoderConfig:
         experts=_parse_experts(raw, layers) if architecture == "Qwen3MoeForCausalLM" else None,
         activation="gelu_tanh" if gemma else "silu",
         norm_offset=1.0 if gemma else 0.0,
-        sandwiched=gemma,
+        output_norms=gemma,
         embedding_scale=float(raw["hidden_size"]) ** 0.5 if gemma else 1.0,
         attention_scale=float(raw.get("query_pre_attn_scalar", 256) if gemma else head_dim) ** -0.5,
         attention_cap=_parse_cap(raw, "attn_logit_softcapping", 50.0) if architecture == "Gemma2ForCausalLM" else None,

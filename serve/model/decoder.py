@@ -62,7 +62,7 @@ class Decoder:
             for rope in (config.rope, config.local_rope)
             if rope is not None
         ]
-        # Rounded, as transformers does it.
+        # Rounded to the dtype, as in transformers.
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype).item()
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
@@ -107,7 +107,7 @@ class Decoder:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step on a GPU reads nothing back, so that a graph can replay it."""
+        """Whether a step on a GPU runs without reads by the host, so that a graph can replay it."""
         mlps = [layer.mlp for layer in self._weights.stack.layers]
         experts = [weights for mlp in mlps if isinstance(mlp, Experts) for weights in (mlp.gate_up, mlp.down)]
         return all(has_grouped_kernel(self.device, self.dtype, weights) for weights in experts)

@@ -70,7 +70,7 @@ class GraphBuffers(Protocol):
         """Constructor of a paging: (rows=, blocks=, block_size=, scratch=, device=)."""
 
     def parallel_compilation(self) -> AbstractContextManager[None]:
-        """Within, launches of kernels start their compilation in other threads; at the end they are compiled."""
+        """Compiles kernels in other threads instead of launching them; at the end of the block, all are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class GraphedDecoder:
         self._rows, self._ranks = tuple(rows), tuple(ranks)
         self._capture = capture or CudaCapture()
         self._buffers = buffers
-        # None: it can't be captured.
+        # By numbers of rows and ranks; None: the graph can't be captured.
         self._graphs: dict[tuple[int, int], _Graph | None] = {}
         self.failed_captures = 0
         self._compiling = False
@@ -260,7 +260,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # One for all captures: torch has 32 streams, and hands out those of other threads again after as many.
+        # One stream for all captures: torch has 32, and after as many requests hands out those of other threads again.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -234,7 +234,7 @@ def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear)
     norm = tensors.take("model.norm.weight", c.hidden)
     sites.append(Site(c.vocabulary, ("model.embed_tokens",), (c.hidden,), lookup=True))
     sites.append(Site(c.hidden, ("lm_head",), (c.vocabulary,), head=True))
-    # None where it is the rule, so that all layers can run in one call.
+    # None for the default, so that a backend may run all layers in one call.
     scale = None if c.attention_scale == c.head_dim**-0.5 else c.attention_scale
     stack = Stack(tuple(layers), norm, c.heads, c.norm_eps, c.norm_offset, c.activation, scale, c.attention_cap)
     return DecoderWeights(embedding, len(sites) - 2, stack, Linear(head, None, len(sites) - 1)), sites
@@ -276,11 +276,11 @@ def _build_layer(
         q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
         k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
         o=o,
-        post_norm=norm("pre_feedforward_layernorm" if c.sandwiched else "post_attention_layernorm"),
+        post_norm=norm("pre_feedforward_layernorm" if c.output_norms else "post_attention_layernorm"),
         mlp=mlp,
         window=c.windows[index],
-        attention_norm=norm("post_attention_layernorm") if c.sandwiched else None,
-        mlp_norm=norm("post_feedforward_layernorm") if c.sandwiched else None,
+        attention_norm=norm("post_attention_layernorm") if c.output_norms else None,
+        mlp_norm=norm("post_feedforward_layernorm") if c.output_norms else None,
     )
 
 

@@ -27,12 +27,12 @@ _METRICS_INTERVAL_SECONDS = 0.5
 
 
 def _expected_ranks(registry: Registry, base: Base) -> tuple[int, ...]:
-    """The ranks of the champions; none if the database does not answer, which delays no start."""
+    """The ranks of the champions; none if the database does not answer, so that the replica starts without it."""
     try:
         with registry.reading() as session:
             return adapters.champion_ranks(session, base.fingerprint)
     except LoramillError as error:
-        log.warning("graphs are captured for adapters of the default rank alone: %s", error)
+        log.warning("graphs are captured for adapters of the default rank only: %s", error)
         return ()
 
 

@@ -108,9 +108,9 @@ class Replica:
     ) -> None:
         """
         Args:
-            base: the base.
+            base: the base to serve.
             source: fetches the folder of an adapter's version.
-            settings: of the engine.
+            settings: the engine's settings.
             cache: folder for weights in NF4 (`loramill.models.nf4_cache`); None: each start quantizes them.
             ranks: ranks of adapters to expect, in addition to the default one; see `Engine.warm_up`.
         """

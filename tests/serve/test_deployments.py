@@ -52,7 +52,7 @@ def test_a_database_that_does_not_answer_delays_no_start(base, caplog):
         raise Unavailable("The database does not answer.")
 
     assert engine_deployment._expected_ranks(SimpleNamespace(reading=reading), base) == ()
-    assert "default rank alone: The database does not answer." in caplog.text
+    assert "default rank only: The database does not answer." in caplog.text
 
 
 #: What an engine on a CPU has by default.

@@ -51,17 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="gpu.py", description="Check and measure loramill on this machine's GPU: docs/howto/gpu.md."
+        prog="gpu.py", description="Check and measure loramill on this machine's GPU: docs/howto/gpu-check.md."
     )
     parser.add_argument(
         "--out", type=Path, default=Path("gpu-results"), help="folder for results (default: %(default)s)"
     )
-    parser.add_argument("--only", default="", metavar="STAGES", help=f"of {','.join(stage.name for stage in STAGES)}")
+    parser.add_argument(
+        "--only", default="", metavar="STAGES", help=f"only some of {','.join(stage.name for stage in STAGES)}"
+    )
     parser.add_argument("--seconds", type=float, default=540, help="time for all stages (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="test the flow on a CPU with tiny shapes")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results.csv")
     parser.add_argument("--commit", help="the measured commit, where git is not installed")
-    parser.add_argument("--model", action="store_true", help="print what the performance model expects, and end")
+    parser.add_argument("--model", action="store_true", help="print the performance model's times, and exit")
     parser.add_argument("--stage", default="", help=argparse.SUPPRESS)
     return parser
 

@@ -23,8 +23,7 @@ class Criterion:
         target: worst acceptable value; with `over_floor`, in addition to that.
         better: whether lower or higher values are better.
         over_floor: multiple of the case's floor that is acceptable; None: the target alone counts.
-        when_dry: whether it holds on a CPU with tiny shapes, too, as it is about what is right and not about what is
-            fast.
+        when_dry: whether it also holds on a CPU with tiny shapes: a criterion of correctness, not of speed.
     """
 
     cases: str
@@ -45,10 +44,10 @@ class Criterion:
         return replace(result, target=target, better=self.better)
 
 
-#: The first that matches counts; a case without one is for information.
+#: The first match applies to a case; a case without a match has no target.
 CRITERIA: tuple[Criterion, ...] = (
     Criterion("gpu machine: problems", 0, when_dry=True),
-    # A plan of cuDNN's would take 0.4 s.
+    # cuDNN would make a plan for each length, in 0.4 s.
     Criterion("gpu machine: attention of a new length over a known one", 3.0),
     Criterion("gpu checks *: worst error", 1.0, when_dry=True),
     Criterion("gpu kernels lora *", 6.0, over_floor=2.0),

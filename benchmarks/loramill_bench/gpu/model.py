@@ -1,6 +1,6 @@
 """A model of a GPU's time: bytes, operations and launches of a decode step, a prompt and a training pass.
 
-It says what to expect before a run, and next to measurements which part is slower than assumed. Each constant has its
+It predicts times before a run; next to measurements, it shows which part is slower than assumed. Each constant has its
 unit and its source; those marked "assumed" are corrected by the first measurements.
 """
 
@@ -63,7 +63,7 @@ _TRAINING_LAUNCHES, _TRAINING_STEP = 198, 10e-3
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Seconds by what they are spent on; `host`: what the host needs longer than the device computes."""
+    """Seconds by what they are spent on; `host` is the time for which the device waits for the host."""
 
     linears: float = 0.0
     attention: float = 0.0

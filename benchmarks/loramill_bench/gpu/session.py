@@ -30,12 +30,12 @@ BROKEN = "broken"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What an engine did until nothing was left.
+    """What an engine did until no request was left.
 
     Attributes:
         steps: duration in seconds and number of outputs of each step.
-        tokens: of each request.
-        errors: of the requests that failed.
+        tokens: the answer's tokens, by request.
+        errors: the errors of the requests that failed.
     """
 
     steps: list[tuple[float, int]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class EngineSession:
         return id_
 
     def run(self, timeout: float = 60.0) -> Run:
-        """Steps until nothing is left.
+        """Runs steps until no request is left.
 
         Raises:
             TimeoutError: requests are left after `timeout` seconds.

@@ -35,8 +35,8 @@ class AdaptedModel:
         set_dropout: turns the adapter's dropout on or off; the base's dropout stays off, as in serving.
         lr_factors: factors of the learning rate, by name of the weight; 1 by default (LoRA+).
         state: other tensors that training changes in place and a checkpoint has to hold (AdaLoRA's importances).
-        derived: returns what follows from the weights and the base and belongs to the adapter's files (DoRA's gains); a
-            checkpoint holds it with the state, since the files are made without the base.
+        derived: returns tensors of the adapter's files that are computed from the weights and the base (DoRA's gains);
+            a checkpoint contains them with the state, since the files are written without the base.
         penalty: returns what is added to a step's mean loss, with a gradient, or None (AdaLoRA's orthogonality).
         optimizer: None for AdamW on the model's device.
         after_step: called with the number of steps done, after each optimizer step and before gradients are cleared

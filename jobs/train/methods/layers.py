@@ -34,7 +34,8 @@ class LoraLinear(nn.Module):
         dropout_enabled: whether `dropout` is applied to the adapter's input; the masks follow from torch's global CPU
             generator, so that a recomputed forward pass has the same masks.
         shares_casts: whether the passes of a step share A and B in the base's dtype. If layers are recomputed, each
-            pass casts them again, so that those of one layer exist at a time: 65B's at rank 64 would take 1.6 GB.
+            pass casts them again, so that only one layer's casts exist at a time: all of a 65B model's at rank 64 would
+            take 1.6 GB.
     """
 
     linear: nn.Linear | Conv1D
@@ -83,7 +84,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def _cast_factors(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors in this dtype."""
+        """Returns A and B in this dtype."""
         if not self.shares_casts:
             return a.to(dtype), b.to(dtype)
         state = dtype, *(weight._version for weight in self.trained_parameters().values())

@@ -1,10 +1,10 @@
 """The elementwise layers of a base on a GPU, one launch each: RMS norm, gated product of an MLP, and rotary positions.
 
-They are the counterparts of Liger-Kernel's operations for a frozen base, and of our own making for four reasons:
-Liger's norm also computes the gradient of its weight, which is frozen here, and adds a sum over the rows for it; its
-gated product and rotation write over their saved inputs; it patches a model's classes for the whole process, also for
-other models; and what it rounds differs from transformers in the rotation. In float32 the results are those of
-transformers within 1e-6; in bfloat16 they are rounded at the same places.
+Liger-Kernel has the same operations. They are not used here, for four reasons: its norm also computes the gradient of
+the weight, which is frozen here, by a sum over the rows; its gated product and its rotation overwrite their saved
+inputs; it patches a model's classes for the whole process, and so for other models; and its rotation does not round
+where transformers does. The results here equal those of transformers within 1e-6 in float32; in bfloat16 they are
+rounded at the same places.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from loramill.jobs.train.ops import fused_kernels as kernels
 #: Elements of a tile of the norm: rows of heads (64 to 256 wide) share a program, as one row would leave most of its
 #: threads idle.
 NORM_ELEMENTS = 2048
-#: Elements per program of the gated product, and threads of 32: 16 bytes of bfloat16 per thread and tensor.
+#: Elements and warps per program of the gated product: 16 bytes of bfloat16 per thread and tensor.
 GATED_ELEMENTS, GATED_WARPS = 1024, 4
-#: Pairs of elements per program of the rotation.
+#: Pairs of elements, and warps, per program of the rotation.
 ROTATED_PAIRS, ROTATE_WARPS = 1024, 4
 
 
@@ -125,7 +125,7 @@ def apply_rotary(
     """transformers' `apply_rotary_pos_emb`.
 
     Args:
-        q: [rows, heads, tokens, d], best a transposed [rows, tokens, heads, d], as are the results.
+        q: [rows, heads, tokens, d]; a transposed [rows, tokens, heads, d], as the results are, needs no copy.
         k: [rows, kv_heads, tokens, d], likewise.
         cos, sin: [rows or 1, tokens, d] of q's dtype; the two halves of the last axis are equal.
     """
@@ -134,17 +134,17 @@ def apply_rotary(
 
 
 def launch_once(device: torch.device) -> None:
-    """Launches a kernel, for which Triton compiles its launcher.
+    """Launches one small kernel, for which Triton has to compile its launcher.
 
     Raises:
-        RuntimeError, CalledProcessError, OSError: it can't; there is no C compiler, for example.
+        RuntimeError, CalledProcessError, OSError: the compilation failed, for example without a C compiler.
     """
     one = torch.ones(1, device=device)
     _launch_gated(kernels.gated_forward, one, one, torch.empty_like(one), tanh=False)
 
 
 def norm_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """How the norm of rows of this width is divided: the kernels' constants, and their launch options."""
+    """The constants and the launch options of the norm's kernels for rows of this width."""
     columns = triton.next_power_of_2(width)
     rows = max(1, NORM_ELEMENTS // columns)
     # 16 elements per thread; more of them would not fit the registers of the backward pass.
@@ -153,7 +153,7 @@ def norm_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def rotation_block(half: int) -> dict[str, int]:
-    """How many heads a program rotates, of `half` pairs each, and the power of two that is not less than `half`."""
+    """The constants BLOCK and COLUMNS of `rotate` for heads of `half` pairs."""
     columns = triton.next_power_of_2(half)
     return {"BLOCK": max(1, ROTATED_PAIRS // columns), "COLUMNS": columns}
 

@@ -1,8 +1,8 @@
 """The layers of transformers' models that compute by this package's operations while a job trains.
 
 They are recognized by the names of their classes, whose forward functions were read in transformers 5.23: Llama (also
-SmolLM2), Mistral, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma 2 and 3. Other layers compute as before, which is
-logged once per class.
+SmolLM2), Mistral, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma 2 and 3. Other layers keep their forward functions,
+which is logged once per class.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _fused_mlp(module: Any) -> Forward | None:
 
 
 def _fused_attention(module: nn.Module) -> Forward | None:
-    """The layer's own forward, in which the name of the rotation means another function."""
+    """The layer's own forward function, with `apply_rotary_pos_emb` replaced by the fused rotation."""
     from loramill.jobs.train.ops import fused
 
     own = type(module).forward

@@ -31,18 +31,18 @@ class HostCache:
     def __init__(self, size: int, *, locked: bool = False) -> None:
         """
         Args:
-            size: Bytes; they take up memory only once they are written, unless they are locked.
-            locked: Whether the memory is page-locked, for copies to a GPU; nothing is cached before `prepare`.
+            size: Number of bytes; unless they are page-locked, they take up memory only once they are written.
+            locked: Whether to page-lock the memory, for copies to a GPU; nothing is cached before `prepare`.
         """
         self._blocks = [] if locked else [_Block(host_memory(size), Extents(size))]
-        self._unprepared = size if locked else 0
+        self._bytes_to_lock = size if locked else 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Page-locks the memory, if it has to be; this takes seconds for some GB. One thread calls it, once."""
-        blocks = [_Block(memory, Extents(memory.numel())) for memory in page_locked_blocks(self._unprepared)]
+        """Page-locks the memory if the cache is locked, in seconds for some GB. One thread calls it, once."""
+        blocks = [_Block(memory, Extents(memory.numel())) for memory in page_locked_blocks(self._bytes_to_lock)]
         with self._lock:
             self._blocks += blocks
 
@@ -77,7 +77,7 @@ class HostCache:
                 self._entries[version] = _Entry(PackedAdapter(data, adapter.table), block, offset)
 
     def _allocate(self, size: int) -> tuple[int, int] | None:
-        """A block, and the offset of `size` bytes in it that are now taken."""
+        """Takes `size` bytes; returns the index of their block and their offset in it."""
         trials, evicted = [block.extents.copy() for block in self._blocks], []
         idle = iter([version for version in self._entries if not self._users[version]])
         while not any(trial.fits(size) for trial in trials):
