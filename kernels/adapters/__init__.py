@@ -1,1 +1,1 @@
-"""Adapters in memory: packed, resident in a slab, copied to a GPU beside its steps."""
+"""Adapters in memory: packed, resident in a slab, and copied to a GPU while it runs steps."""
