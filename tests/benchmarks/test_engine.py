@@ -20,11 +20,13 @@ from loramill.models.catalog import Base
 from loramill.pipelines.compare.timing import Effort
 from loramill.serve.engine import EngineConfig
 from loramill.serve.model import load_decoder
+from loramill.serve.model.graphs import GraphedDecoder
 from loramill_bench import engine as bench
 from loramill_bench.engine import (
     cold_adapters,
     continuous_batching,
     driver,
+    host_time,
     idle,
     limits,
     memory,
@@ -57,6 +59,8 @@ TARGETS = {
     "step 32x512: engine": "<= 1.5",
     "idle adapters 1: added": "<= 0.01",
     "idle adapters 32: added": "<= 0.01",
+    "host time 32: step": "<= 0.4",
+    "host time 128: step": "<= 1",
     "zipf 500: speed": ">= 0.9",
     "zipf 500: resident memory": "<= 1.2",
     "cold under load 8: p99 gap": "<= 1.15",
@@ -255,6 +259,20 @@ def test_idle_adapters_are_resident_in_one_of_the_engines(harness, monkeypatch) 
         ([None, None], [], {"adapter_slots": 1, "adapter_bytes": 1}),
         ([None, None], [str(version) for version in range(8)], {}),
     ]
+
+
+def test_the_hosts_time_is_that_of_passes_ahead_from_graphs(harness, monkeypatch) -> None:
+    """Each step launches one pass, of all sequences, and copies one paging; the adapters' tiles stay the same."""
+    forward, passes = GraphedDecoder.forward, []
+
+    def spy(model, chunks, cache, slab, batch, tokens=None):
+        passes.append((len(chunks), tokens is not None, len(batch.runs)))
+        return forward(model, chunks, cache, slab, batch, tokens)
+
+    monkeypatch.setattr(GraphedDecoder, "forward", spy)
+    (result,) = host_time.measure(harness, host_time.HostTime(6), rounds=1)
+    assert result.value > 0
+    assert passes[-25:] == [(6, True, 4)] * 25
 
 
 def test_zipf_requests_more_adapters_than_there_are_slots() -> None:

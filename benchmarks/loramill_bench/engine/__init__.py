@@ -11,7 +11,7 @@ import torch
 
 from loramill.models.catalog import Base
 from loramill.serve.model import load_decoder
-from loramill_bench.engine import cold_adapters, continuous_batching, idle, limits, peft, prefill, zipf
+from loramill_bench.engine import cold_adapters, continuous_batching, host_time, idle, limits, peft, prefill, zipf
 from loramill_bench.engine.harness import Harness, write_adapters
 from loramill_bench.results import Result, run_groups
 
@@ -51,6 +51,6 @@ def run(
 
 
 def _groups(harness: Harness, rounds: int) -> Mapping[str, Callable[[], list[Result]]]:
-    modules = (peft, continuous_batching, limits, idle, zipf, cold_adapters, prefill)
+    modules = (peft, continuous_batching, limits, idle, host_time, zipf, cold_adapters, prefill)
     cases = [(module, case) for module in modules for case in module.CASES]
     return {case.name: partial(module.measure, harness, case, rounds) for module, case in cases}
