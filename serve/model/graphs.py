@@ -16,7 +16,7 @@ import logging
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -275,6 +275,9 @@ class CudaCapture:
             # Other threads load adapters meanwhile; their calls must not affect the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
+        except BaseException:
+            self._leave_pool()
+            raise
         finally:
             # After an error, `torch.cuda.graph` may leave its own stream as the current one (2.13).
             torch.cuda.set_stream(current)
@@ -284,3 +287,13 @@ class CudaCapture:
             return result
 
         return replay
+
+    def _leave_pool(self) -> None:
+        """Takes another pool after a capture that failed.
+
+        Where CUDA can't end a capture, torch goes on to allocate for it (2.13, `CUDAGraph::capture_end`) and refuses
+        all later captures into its pool.
+        """
+        with suppress(RuntimeError):  # torch has ended it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()

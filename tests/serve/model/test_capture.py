@@ -137,8 +137,8 @@ def test_the_device_sampler_is_warm(warm, monkeypatch):
     assert len(engine._device_sampler._shifts._amounts) >= 5
 
 
-def test_a_failed_capture_leaves_the_callers_stream_current(monkeypatch):
-    """`torch.cuda.graph` does not restore it if the capture can't be ended."""
+def test_a_failed_capture_leaves_the_callers_stream_current_and_its_pool_behind(monkeypatch):
+    """`torch.cuda.graph` does not restore the stream if the capture can't be ended, and does not end its pool's use."""
 
     class Stream:
         def wait_stream(self, other):
@@ -153,31 +153,45 @@ def test_a_failed_capture_leaves_the_callers_stream_current(monkeypatch):
         yield
         current[0] = before
 
+    in_use = set()
+
     class Graph:
         def __init__(self, graph, *, pool, stream, capture_error_mode):
             assert capture_error_mode == "thread_local"
-            self.stream = stream
+            self.pool, self.stream = pool, stream
 
         def __enter__(self):
+            assert self.pool not in in_use, "beginAllocateToPool: already recording to mempool_id"
+            in_use.add(self.pool)
             current[0] = self.stream
 
         def __exit__(self, *error):
             raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end_use(device, pool):
+        if pool not in in_use:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        in_use.remove(pool)
 
     fakes = {
         "Stream": Stream,
         "stream": on,
         "graph": Graph,
         "CUDAGraph": object,
-        "graph_pool_handle": lambda: None,
+        "graph_pool_handle": iter(range(9)).__next__,
+        "current_device": lambda: 0,
         "current_stream": lambda: current[0],
         "set_stream": lambda stream: current.__setitem__(0, stream),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    with pytest.raises(RuntimeError, match="previous error"):
-        CudaCapture()(lambda: torch.zeros(1))
-    assert current[0] is engines
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_use, raising=False)
+    capture = CudaCapture()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="previous error"):
+            capture(lambda: torch.zeros(1))
+        assert current[0] is engines and not in_use
+    assert capture._pool == 2
 
 
 @pytest.mark.gpu
