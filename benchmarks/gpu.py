@@ -33,15 +33,20 @@ def link_package(folder: Path) -> None:
 
 def main() -> int:
     """Runs the stages with `loramill` as it is installed, or else with the one of the checkout."""
+    # For the processes that stages start; this one finds `loramill_bench` next to the script.
+    _extend_python_path(CHECKOUT / "benchmarks")
     if importlib.util.find_spec("loramill") is not None:
         return run()
     with tempfile.TemporaryDirectory(prefix="loramill-gpu-") as folder:
         link_package(Path(folder))
         sys.path.append(folder)
-        # For the processes that stages start; this one finds `loramill_bench` next to the script.
-        paths = (os.environ.get("PYTHONPATH"), folder, str(CHECKOUT / "benchmarks"))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        _extend_python_path(Path(folder))
         return run()
+
+
+def _extend_python_path(folder: Path) -> None:
+    paths = (os.environ.get("PYTHONPATH"), str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def run() -> int:

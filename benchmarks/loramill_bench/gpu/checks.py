@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from loramill_bench.gpu.stage import Context
 from loramill_bench.kernels import cuda, cuda_attention, cuda_training
 from loramill_bench.results import Result
 
+_MODULES = ("cuda", "cuda_attention", "cuda_decoder", "cuda_training")
 _DTYPES = ("bfloat16", "float16", "float32")
 #: Seconds after which a process that checks is ended.
 _TIMEOUT = 150.0
@@ -34,16 +36,21 @@ def check(context: Context) -> Iterator[Result]:
     if context.dry:
         return
     begun = time.monotonic()
+    cases = [(module, dtype) for module in _MODULES for dtype in _DTYPES]
+    # They share the cores: the references would otherwise run on as many threads each.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(cases)))}
     running = {
         f"{module} {dtype}": subprocess.Popen(
-            [sys.executable, "-P", "-c", _CODE.format(module=module, dtype=dtype)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", "-c", _CODE.format(module=module, dtype=dtype)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        for module in ("cuda", "cuda_attention", "cuda_decoder", "cuda_training")
-        for dtype in _DTYPES
+        for module, dtype in cases
     }
     for name, process in running.items():
         try:
-            printed, _ = process.communicate(timeout=max(5.0, _TIMEOUT - (time.monotonic() - begun)))
+            printed, _ = process.communicate(timeout=max(1.0, _TIMEOUT - (time.monotonic() - begun)))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

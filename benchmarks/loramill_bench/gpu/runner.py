@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from loramill_bench.results import Result
 
 #: A stage is ended after this multiple of its budget, and left out with less than this part of it.
 _OVERRUN, _LEAST = 1.5, 0.4
+#: Seconds in which a process ends that was killed.
+_ENDING = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +120,23 @@ def _report(stage: Stage, folder: Path, dry: bool, left: float, script: str | No
 def _run(command: Sequence[str], log: Path, timeout: float) -> str | None:
     """Runs a stage's process; returns how it ended, if it did not end by itself."""
     with log.open("w", encoding="utf-8") as opened:
-        try:
-            ended = subprocess.run(command, stdout=opened, stderr=subprocess.STDOUT, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            return f"ended after {timeout:.0f} s; see {log}"
-    return None if ended.returncode == 0 else f"its process ended with status {ended.returncode}; see {log}"
+        process = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return f"ended after {timeout:.0f} s; see {log}"
+    finally:
+        _end_group(process)
+    return None if status == 0 else f"its process ended with status {status}; see {log}"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it has started, which would use the GPU during the next stages."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # A process that waits for a GPU's driver may not end.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_ENDING)
 
 
 def _journal_file(folder: Path, stage: Stage) -> Path:

@@ -118,14 +118,17 @@ def test_a_stage_without_enough_time_is_left_out(tmp_path):
 def test_a_process_that_crashes_hangs_or_is_killed_ends_its_stage_alone(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, os, sys, time\n"
+        "import json, os, subprocess, sys, time\n"
         "options = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
         "name = options['--stage']\n"
         "result = {'case': 'gpu logits a', 'value': 0.01, 'unit': 'of the logits'}\n"
         "with open(os.path.join(options['--out'], name + '.jsonl'), 'a') as file:\n"
         "    file.write(json.dumps({'result': result}) + chr(10))\n"
         "print('printed by', name, flush=True)\n"
-        "time.sleep(60 if name == 'hanging' else 0)\n"
+        "if name == 'hanging':\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(60)\n"
         "os._exit(3 if name == 'crashing' else 0)\n"
     )
     crashing, hanging, good_one = (Stage(name, 1, good) for name in ("crashing", "hanging", "good"))
@@ -139,6 +142,22 @@ def test_a_process_that_crashes_hangs_or_is_killed_ends_its_stage_alone(tmp_path
         None,
     ]
     assert (tmp_path / "crashing.log").read_text() == "printed by crashing\n"
+    # Nor do the processes that it has started go on.
+    child = int((tmp_path / "hanging.log").read_text().split()[-1])
+    deadline = time.monotonic() + 10
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    # A process whose parent has ended may stay as a zombie.
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_a_stage_runs_in_a_process_by_its_name(tmp_path):
