@@ -152,8 +152,8 @@ def training(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
                 launch, kernel, dtype, in_dtype=("x", "weight", "y", "d_y", "d_x"), types={"eps": "fp32"},
                 multiples=("x", "weight", "y", "d_y", "d_x", "x_row", "d_y_row"),
             )  # fmt: skip
-    for tanh in (False, True):
-        launch = plans.Launch("gated", {"SIZE": fused.GATED_ELEMENTS, "TANH": tanh}, {"num_warps": fused.GATED_WARPS})
+    for gelu in (False, True):
+        launch = plans.Launch("gated", {"SIZE": fused.GATED_ELEMENTS, "GELU": gelu}, {"num_warps": fused.GATED_WARPS})
         tensors = ("gate", "up", "y", "d_y", "d_gate", "d_up")
         for kernel in (fused_kernels.gated_forward, fused_kernels.gated_backward):
             yield configuration(launch, kernel, dtype, tensors, types={}, multiples=(*tensors, "count"))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
 
 from loramill.errors import EngineFault
 from loramill.kernels import KVSpan, LayerKV, Pages, torch_backend
 from loramill.kernels.triton import StaticPages, attention
 from loramill_bench.kernels import cuda_attention
+
+from ..triton_interpreter import interpreter_ranges, nan_in_fresh_memory  # noqa: F401
 
 host = importlib.import_module("loramill.kernels.triton.attention")
 
@@ -22,28 +23,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 #: Within a tile, at its edges and beyond; in one split and in many.
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 64, 65, 127, 129, 200, 256, 257, 411, 600)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter_ranges():
-    """Lets `range` take numbers read on the device: the interpreter's are arrays, which numpy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_lang_tensor", patched)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nan_in_fresh_memory():
-    """Makes `torch.empty` return NaN, so that a read of unwritten memory shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module", autouse=True)

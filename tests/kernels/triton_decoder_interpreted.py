@@ -15,6 +15,8 @@ from loramill.kernels.backend import HeadNorms
 from loramill.kernels.triton import StaticPages
 from loramill_bench.kernels import cuda_decoder
 
+from ..triton_interpreter import nan_in_fresh_memory  # noqa: F401
+
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 #: Relative to the largest element.
@@ -22,14 +24,6 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 4e-2}
 #: Larger than anything that is computed.
 UNWRITTEN = 1024
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nan_in_fresh_memory():
-    """Makes `torch.empty` return NaN, so that a read of unwritten memory shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def part_of_wider(rows, columns, dtype):

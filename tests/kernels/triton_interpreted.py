@@ -21,6 +21,8 @@ from loramill.kernels.adapters.packing import ROWS
 from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
 from loramill_bench.kernels import cuda
 
+from ..triton_interpreter import nan_in_fresh_memory  # noqa: F401
+
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 host = importlib.import_module("loramill.kernels.triton.lora")
 
@@ -38,14 +40,6 @@ ADAPTERS = len(RANKS)
 #: Unit roundoffs, of the sum of its terms' magnitudes, by which a result may be off: h and y are rounded once each, and
 #: float32's own sums of up to 300 terms are most of what there is for float32.
 UNITS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nan_in_fresh_memory():
-    """Makes `torch.empty` return NaN, so that a read of unwritten memory shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_adapter(dtype, ranks=(1, 8, 20), absent=0.25, gains=0.3):

@@ -19,6 +19,7 @@ from loramill.kernels.quantization import concatenate, pack_nf4, quantize, unpac
 from loramill.serve.model import Chunk, load_decoder, loading
 
 from ..llama import tiny_llama, write_base
+from ..triton_interpreter import interpreter_ranges, nan_in_fresh_memory  # noqa: F401
 
 quantized = importlib.import_module("loramill.kernels.triton.quantized")
 kernels = importlib.import_module("loramill.kernels.triton.quantized_kernels")
@@ -32,18 +33,6 @@ NF4 = functional.get_4bit_type("nf4", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def interpreter_ranges(monkeypatch):
-    """As in tests/kernels/triton_attention_interpreted.py."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
-@pytest.fixture(autouse=True)
 def float8_of_torch(monkeypatch):
     """Triton 3.7's interpreter rounds 127 to 64 in float8, and loses NaN; GPUs convert as torch does."""
     convert = interpreter._convert_float
@@ -54,13 +43,6 @@ def float8_of_torch(monkeypatch):
         return convert(data, source, target, rounding)
 
     monkeypatch.setattr(interpreter, "_convert_float", converted)
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def strided(rows, d_in, dtype=torch.float32):

@@ -5,7 +5,7 @@ Rounding is tested in float16, for which the interpreter rounds as a GPU does; i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from loramill_bench.kernels import cuda_training
 from loramill_bench.kernels.cuda_training import CHECKED, Case
 
 from ...transformers_families import FAMILIES, tiny_family
+from ...triton_interpreter import nan_in_fresh_memory  # noqa: F401
 from .tiny_training import NOWHERE, spec_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -34,14 +35,6 @@ Operation = Callable[..., Any]
 NORMS = {False: LlamaRMSNorm, True: Gemma2RMSNorm}
 EPS = 1e-3
 EXAMPLES = [EncodedExample((1, 2, 3, 4, 5), 2), EncodedExample((6, 7, 8, 9), 1)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nan_in_fresh_memory() -> Iterator[None]:
-    """Makes `torch.empty` return NaN, so that what a kernel did not write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, size: float = 1.0) -> torch.Tensor:
@@ -109,24 +102,24 @@ def test_a_norm_keeps_a_nan_in_its_row() -> None:
         assert each.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 171), (4, 2, 128)], ids=str)
-def test_gated_products_equal_those_of_transformers(shape: tuple[int, ...], tanh: bool) -> None:
+def test_gated_products_equal_those_of_transformers(shape: tuple[int, ...], gelu: bool) -> None:
     def exact(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return (F.gelu(gate, approximate="tanh") if tanh else F.silu(gate)) * up
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
     def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         mlp = SimpleNamespace(gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda y: y)
-        return fused.gated_mlp(mlp, gate, tanh=tanh)
+        return fused.gated_mlp(mlp, gate, gelu=gelu)
 
     gate, up = drawn(*shape, size=3.0), drawn(*reversed(shape), seed=1).permute(*reversed(range(len(shape))))
     check(product, exact, [gate, up])
 
 
 def test_an_activation_of_large_numbers_is_finite() -> None:
-    for tanh in (False, True):
+    for gelu in (False, True):
         gate = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 1e4])
-        outputs = results(lambda g, u, tanh=tanh: fused._Gated.apply(g, u, tanh), [gate, torch.ones(6)])
+        outputs = results(lambda g, u, gelu=gelu: fused._Gated.apply(g, u, gelu), [gate, torch.ones(6)])
         assert all(each.isfinite().all() for each in outputs)
         torch.testing.assert_close(outputs[0], gate.clamp(min=0), rtol=1e-6, atol=1e-6)
 

@@ -13,6 +13,7 @@ from loramill.kernels import torch_backend, triton
 from loramill.serve.model import load_decoder, loading
 from loramill.serve.model.graphs import GraphedDecoder
 
+from ...triton_interpreter import interpreter_ranges  # noqa: F401
 from .graphed import CONFIG, Session, write_base
 from .models import random_model
 
@@ -44,18 +45,6 @@ class Launches(TorchDispatchMode):
         view = name != "to" and all(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
         self.counts[name] += not view and name not in ALLOCATIONS
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def interpreter_ranges(monkeypatch):
-    """As in tests/kernels/triton_attention_interpreted.py."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def loaded(folder, backend, monkeypatch):
