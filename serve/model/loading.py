@@ -37,7 +37,7 @@ _PIECE = 4 << 20
 _IGNORED = ("rotary_emb.inv_freq",)
 
 #: Reads a linear by name, d_out and d_in.
-_ReadLinear = Callable[[str, int, int], Quantized | torch.Tensor]
+ReadLinear = Callable[[str, int, int], Quantized | torch.Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +128,9 @@ def load_decoder(
     if threads is not None:
         ops.set_threads(threads)
     try:
-        tensors = _Tensors(folder, dtype, device)
-        read = partial(_read_linear, tensors, quantization, nf4_source)
-        weights, sites = _build(config, tensors, ops, read)
+        tensors = Tensors(folder, dtype, device)
+        read = partial(read_linear, tensors, quantization, nf4_source)
+        weights, sites = build_weights(config, tensors, ops, read)
     except (OSError, SafetensorError) as error:
         raise BaseUnusable(f"The weights in {folder} can't be read ({error}); fetch them again.") from error
     tensors.refuse_leftovers()
@@ -164,10 +164,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-class _Tensors:
+class Tensors:
     """The folder's tensors by name; keeps track of those that have been read."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
+        """
+        Args:
+            folder: A Hugging Face folder.
+            dtype: The dtype in which tensors are returned.
+            device: The device on which tensors are returned.
+        """
         self.dtype = dtype
         self.device = device
         self._folder = folder
@@ -178,6 +184,11 @@ class _Tensors:
         self._left = set(self._owners)
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
+        """Reads a tensor of this shape.
+
+        Raises:
+            BaseUnusable: The folder has no such tensor, or it has another shape.
+        """
         if name not in self._owners:
             raise BaseUnusable(f"The weights in {self._folder} lack '{name}', which config.json requires.")
         taken = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -195,9 +206,15 @@ class _Tensors:
         return taken
 
     def skip(self, name: str) -> None:
+        """Marks a tensor as used without reading it."""
         self._left.discard(name)
 
     def refuse_leftovers(self) -> None:
+        """Checks that every tensor was used.
+
+        Raises:
+            BaseUnusable: One was not.
+        """
         left = sorted(name for name in self._left if not name.endswith(_IGNORED))
         if left:
             raise BaseUnusable(
@@ -206,10 +223,10 @@ class _Tensors:
             )
 
 
-def _read_linear(
-    tensors: _Tensors, quantization: ServedQuantization, nf4_source: Nf4Source, name: str, d_out: int, d_in: int
+def read_linear(
+    tensors: Tensors, quantization: ServedQuantization, nf4_source: Nf4Source, name: str, d_out: int, d_in: int
 ) -> Quantized | torch.Tensor:
-    """A linear's weight [d_out, d_in], quantized; a weight in NF4 need not be read."""
+    """Reads a linear's weight [d_out, d_in] and quantizes it; a weight in NF4 may come from a cache instead."""
     read = partial(tensors.take, f"{name}.weight", d_out, d_in)
     if quantization == "none":
         return read()
@@ -220,7 +237,23 @@ def _read_linear(
     return unpack_nf4(packed)
 
 
-def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear) -> tuple[DecoderWeights, list[Site]]:
+def build_weights(
+    c: DecoderConfig, tensors: Tensors, ops: Backend, read: ReadLinear
+) -> tuple[DecoderWeights, list[Site]]:
+    """Reads and packs all weights of a decoder.
+
+    Args:
+        c: The decoder's config.
+        tensors: The tensors of the base.
+        ops: The backend that packs the weights.
+        read: Reads the layers' linears; `read_linear` without its first three arguments.
+
+    Returns:
+        The weights, and the sites at which adapters apply.
+
+    Raises:
+        BaseUnusable: A tensor is missing or has another shape.
+    """
     # The largest first: the additional memory for packing them is free again before the layers are loaded.
     embedding = ops.pack(tensors.take("model.embed_tokens.weight", c.vocabulary, c.hidden))
     if c.tied:
@@ -241,7 +274,7 @@ def _build(c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear)
 
 
 def _build_layer(
-    c: DecoderConfig, tensors: _Tensors, ops: Backend, read: _ReadLinear, index: int, sites: list[Site]
+    c: DecoderConfig, tensors: Tensors, ops: Backend, read: ReadLinear, index: int, sites: list[Site]
 ) -> Layer:
     prefix = f"model.layers.{index}"
 
@@ -284,7 +317,7 @@ def _build_layer(
     )
 
 
-def _build_experts(c: ExpertsConfig, hidden: int, tensors: _Tensors, ops: Backend, prefix: str) -> Experts:
+def _build_experts(c: ExpertsConfig, hidden: int, tensors: Tensors, ops: Backend, prefix: str) -> Experts:
     gate_up = torch.empty(c.count, 2 * c.intermediate, hidden, dtype=tensors.dtype, device=tensors.device)
     down = torch.empty(c.count, hidden, c.intermediate, dtype=tensors.dtype, device=tensors.device)
     for expert in range(c.count):

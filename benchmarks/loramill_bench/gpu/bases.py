@@ -74,7 +74,7 @@ def served_billions() -> float:
     return 8 if large else 1
 
 
-class _RandomTensors(loading._Tensors):
+class _RandomTensors(loading.Tensors):
     """Stands in for the files of a base."""
 
     def __init__(self, device: str) -> None:
@@ -96,8 +96,8 @@ def random_decoder(context: Context, shapes: Mapping[str, Any], quantization: Se
         parsed = read_config(Path(folder))
     ops = backend(context.device)
     tensors = _RandomTensors(context.device)
-    read = partial(loading._read_linear, tensors, quantization, nf4_without_cache)
-    weights, sites = loading._build(parsed, tensors, ops, read)
+    read = partial(loading.read_linear, tensors, quantization, nf4_without_cache)
+    weights, sites = loading.build_weights(parsed, tensors, ops, read)
     return Decoder(parsed, weights, sites, ops)
 
 

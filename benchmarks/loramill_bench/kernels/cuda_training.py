@@ -118,7 +118,7 @@ def _fused(kind: Kind, constant: torch.Tensor, inputs: Sequence[torch.Tensor]) -
         return fused.apply_rotary(q, k, constant.cos(), constant.sin())
     gate, up = inputs
     mlp = SimpleNamespace(gate_proj=lambda _: gate, up_proj=lambda _: up, down_proj=lambda product: product)
-    return (fused.gated_mlp(mlp, gate, tanh=kind == "geglu"),)
+    return (fused.gated_mlp(mlp, gate, gelu=kind == "geglu"),)
 
 
 def _unfused(kind: Kind, constant: torch.Tensor, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

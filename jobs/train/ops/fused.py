@@ -62,12 +62,12 @@ class _Gated(torch.autograd.Function):
     """act(gate) * up; keeps gate and up, and computes the activation again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, tanh: bool) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        ctx.tanh = tanh
+        ctx.gelu = gelu
         y = torch.empty_like(gate)
-        _launch_gated(kernels.gated_forward, gate, up, y, tanh=tanh)
+        _launch_gated(kernels.gated_forward, gate, up, y, gelu=gelu)
         return y
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _launch_gated(kernels.gated_backward, gate, up, d_y.contiguous(), d_gate, d_up, tanh=ctx.tanh)
+        _launch_gated(kernels.gated_backward, gate, up, d_y.contiguous(), d_gate, d_up, gelu=ctx.gelu)
         return d_gate, d_up, None
 
 
@@ -107,14 +107,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, plus_one: boo
     return y
 
 
-def gated_mlp(module: Any, x: torch.Tensor, *, tanh: bool) -> torch.Tensor:
+def gated_mlp(module: Any, x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     """The MLP of a Llama-like model of transformers: down_proj(act(gate_proj(x)) * up_proj(x)).
 
     Args:
         module: an `nn.Module` with these three linears.
-        tanh: whether the activation is the tanh approximation of GELU; else it is SiLU.
+        gelu: whether the activation is GELU in its tanh approximation; else it is SiLU.
     """
-    product = _Gated.apply(module.gate_proj(x), module.up_proj(x), tanh)  # type: ignore[no-untyped-call]
+    product = _Gated.apply(module.gate_proj(x), module.up_proj(x), gelu)  # type: ignore[no-untyped-call]
     y: torch.Tensor = module.down_proj(product)
     return y
 
@@ -140,7 +140,7 @@ def launch_once(device: torch.device) -> None:
         RuntimeError, CalledProcessError, OSError: the compilation failed, for example without a C compiler.
     """
     one = torch.ones(1, device=device)
-    _launch_gated(kernels.gated_forward, one, one, torch.empty_like(one), tanh=False)
+    _launch_gated(kernels.gated_forward, one, one, torch.empty_like(one), gelu=False)
 
 
 def norm_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -167,10 +167,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
 
 
-def _launch_gated(kernel: Any, *tensors: torch.Tensor, tanh: bool) -> None:
+def _launch_gated(kernel: Any, *tensors: torch.Tensor, gelu: bool) -> None:
     count = tensors[0].numel()
     grid = (triton.cdiv(count, GATED_ELEMENTS),)
-    launch(kernel, grid, *tensors, count, SIZE=GATED_ELEMENTS, TANH=tanh, num_warps=GATED_WARPS)
+    launch(kernel, grid, *tensors, count, SIZE=GATED_ELEMENTS, GELU=gelu, num_warps=GATED_WARPS)
 
 
 def _rotated(

@@ -60,23 +60,23 @@ def norm_backward(
 
 
 @triton.jit
-def gated_forward(gate, up, y, count, SIZE: tl.constexpr, TANH: tl.constexpr):
-    """y = act(gate) * up for SIZE elements of contiguous tensors of `count`; see `_activation` for TANH."""
+def gated_forward(gate, up, y, count, SIZE: tl.constexpr, GELU: tl.constexpr):
+    """y = act(gate) * up for SIZE elements of contiguous tensors of `count`; see `_activation` for GELU."""
     place, inside = _elements(count, SIZE)
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    share, _ = _activation(x, TANH)
+    share, _ = _activation(x, GELU)
     tl.store(y + place, (_rounded(x * share, y) * other).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated_backward(gate, up, d_y, d_gate, d_up, count, SIZE: tl.constexpr, TANH: tl.constexpr):
+def gated_backward(gate, up, d_y, d_gate, d_up, count, SIZE: tl.constexpr, GELU: tl.constexpr):
     """The gradients of `gated_forward`; the activation is computed again, since gate is read in any case."""
     place, inside = _elements(count, SIZE)
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     back = tl.load(d_y + place, mask=inside, other=0.0).to(tl.float32)
-    share, slope = _activation(x, TANH)
+    share, slope = _activation(x, GELU)
     d_activation = _rounded(back * other, d_y)
     d_x = d_activation * (share + x * share * (1.0 - share) * slope)
     tl.store(d_gate + place, d_x.to(d_gate.dtype.element_ty), mask=inside)
@@ -150,13 +150,13 @@ def _scale(own, eps, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _activation(x, TANH: tl.constexpr):
+def _activation(x, GELU: tl.constexpr):
     """s and t' of an activation x * s with s = sigmoid(t): SiLU, where t is x, or the tanh approximation of GELU.
 
     0.5 (1 + tanh(z)) = sigmoid(2 z), so that GELU's t is sqrt(8 / pi) (x + 0.044715 x^3). The derivative is
     s + x s (1 - s) t'.
     """
-    if TANH:
+    if GELU:
         t = _SQRT_8_OVER_PI * (x + _CUBIC * x * x * x)
         slope = _SQRT_8_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
     else:

@@ -32,7 +32,7 @@ _MLPS = frozenset(f"{family}MLP" for family in (*_LLAMA_LIKE, *_GEMMA))
 #: Attention that rotates queries and keys by `apply_rotary_pos_emb`, with the same angles in both halves of a head.
 _ATTENTIONS = frozenset(f"{family}Attention" for family in (*_LLAMA_LIKE, *_GEMMA))
 _ROTARY = "apply_rotary_pos_emb"
-#: Classes of activations, and whether they are the tanh approximation of GELU instead of SiLU.
+#: Classes of activations, and whether they are GELU in its tanh approximation instead of SiLU.
 _ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True}
 
 Forward = Callable[..., Any]
@@ -102,8 +102,8 @@ def _fused_mlp(module: Any) -> Forward | None:
 
     if type(module).__name__ not in _MLPS:
         return None
-    tanh = _ACTIVATIONS.get(type(module.act_fn).__name__)
-    return None if tanh is None else partial(fused.gated_mlp, module, tanh=tanh)
+    gelu = _ACTIVATIONS.get(type(module.act_fn).__name__)
+    return None if gelu is None else partial(fused.gated_mlp, module, gelu=gelu)
 
 
 def _fused_attention(module: nn.Module) -> Forward | None:

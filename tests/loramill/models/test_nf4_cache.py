@@ -174,9 +174,9 @@ def test_the_second_start_reads_neither_weights_nor_quantizer(
     assert all(map(torch.equal, trained.parameters(), again.parameters()))
     packed = load_for_training(base, torch.bfloat16, packed=True, cache=tmp_path)
     taken: list[str] = []
-    take = loading._Tensors.take
+    take = loading.Tensors.take
     monkeypatch.setattr(
-        loading._Tensors, "take", lambda self, name, *shape: taken.append(name) or take(self, name, *shape)
+        loading.Tensors, "take", lambda self, name, *shape: taken.append(name) or take(self, name, *shape)
     )
     source = nf4_source(base, CPU, tmp_path)
     served = load_decoder(base.folder, dtype=torch.bfloat16, quantization="nf4", nf4_source=source)
