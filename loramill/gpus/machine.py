@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -28,10 +29,13 @@ class Gpu(GpuInfo):
     Attributes:
         free_bytes: memory that no process uses now.
         driver: version of the driver.
+        library_cuda: the newest major version of CUDA that the driver's library runs; 0 if it is not known. NVIDIA's
+            compatibility package (`cuda-compat`), which many container images have, replaces the library alone.
     """
 
     free_bytes: int
     driver: str
+    library_cuda: int = 0
 
 
 def list_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
@@ -47,7 +51,18 @@ def list_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return ()
-    return parse_gpus(ended.stdout, environment.get("CUDA_VISIBLE_DEVICES"))
+    gpus = parse_gpus(ended.stdout, environment.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(gpu.model_copy(update={"library_cuda": _library_cuda()}) for gpu in gpus)
+
+
+def _library_cuda() -> int:
+    """See `Gpu.library_cuda`; no GPU is opened."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if status else version.value // 1000
 
 
 def parse_gpus(report: str, visible: str | None) -> tuple[Gpu, ...]:
@@ -95,15 +110,16 @@ def torch_cuda_version() -> str | None:
     return None
 
 
-def driver_problem(driver: str, cuda: str) -> str | None:
-    """Why a driver can't run a torch that was built for this CUDA version, as a sentence; None if it can."""
-    needed = _MIN_DRIVERS.get(int(cuda.partition(".")[0]))
-    have = tuple(int(number) for number in re.findall(r"\d+", driver)[:2])
-    if needed is None or not have or have >= needed:
+def driver_problem(gpu: Gpu, cuda: str) -> str | None:
+    """Why a GPU's driver can't run a torch that was built for this CUDA version, as a sentence; None if it can."""
+    major = int(cuda.partition(".")[0])
+    needed = _MIN_DRIVERS.get(major)
+    have = tuple(int(number) for number in re.findall(r"\d+", gpu.driver)[:2])
+    if needed is None or not have or have >= needed or gpu.library_cuda >= major:
         return None
     return (
-        f"The NVIDIA driver {driver} is too old for a torch built for CUDA {cuda}, which needs {needed[0]} or newer: "
-        "update the driver, or install a torch for an older CUDA (see pytorch.org)."
+        f"The NVIDIA driver {gpu.driver} is too old for a torch built for CUDA {cuda}, which needs {needed[0]} or "
+        "newer: update the driver, or install a torch for an older CUDA (see pytorch.org)."
     )
 
 
@@ -116,4 +132,4 @@ def gpu_problem(gpu: Gpu, cuda: str | None) -> str | None:
     """
     if cuda is None:
         return "The installed torch is a build without CUDA: install one built for CUDA (see pytorch.org)."
-    return capability_problem(gpu.name, gpu.capability) or driver_problem(gpu.driver, cuda)
+    return capability_problem(gpu.name, gpu.capability) or driver_problem(gpu, cuda)

@@ -139,7 +139,7 @@ def gpu_findings(setup: GpuSetup, settings: Settings) -> Iterator[Finding]:
         return
     serious = Status.ERROR if required else Status.WARN
     if setup.machine and setup.cuda is not None:
-        problem = driver_problem(setup.machine[0].driver, setup.cuda)
+        problem = driver_problem(setup.machine[0], setup.cuda)
         found = f"{setup.machine[0].driver}, for torch's CUDA {setup.cuda}"
         yield Finding(what="gpu driver", status=serious if problem else Status.OK, found=found, fix=problem or "")
     if setup.visible:

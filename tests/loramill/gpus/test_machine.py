@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import stat
 from pathlib import Path
 
@@ -65,6 +66,26 @@ def test_gpus_are_listed_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest
     assert list_gpus({}) == ()
 
 
+def test_an_old_driver_runs_a_newer_cuda_by_the_compatibility_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        @staticmethod
+        def cuDriverGetVersion(version: object) -> int:  # noqa: N802
+            version._obj.value = 13020  # type: ignore[attr-defined]
+            return 0
+
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '0, GPU-1f2e, 143771, 143000, 9.0, 550.54.15, NVIDIA H200'\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    (h200,) = list_gpus({})
+    assert (h200.driver, h200.library_cuda) == ("550.54.15", 13)
+    assert gpu_problem(h200, "13.0") is None
+    assert gpu_problem(h200.model_copy(update={"library_cuda": 12}), "13.0") is not None
+
+
 def test_torchs_cuda_version_is_that_of_its_build() -> None:
     import torch
 
@@ -85,7 +106,7 @@ def test_torchs_cuda_version_is_that_of_its_build() -> None:
     ],
 )
 def test_the_driver_must_be_new_enough_for_torchs_cuda(driver: str, cuda: str, *, refused: bool) -> None:
-    problem = driver_problem(driver, cuda)
+    problem = driver_problem(gpu(driver=driver), cuda)
     assert (problem is not None) is refused
     if problem:
         assert driver in problem and "update the driver" in problem
