@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -35,6 +35,11 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/
 
 #: Addresses of a gateway that listens on every interface, for clients on the same machine.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def _number_of_text(value: object) -> object:
+    """A number that a variable gives as text: pydantic converts it for `int`, but not for a Literal of numbers."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class _Section(BaseModel):
@@ -135,7 +140,7 @@ class ServeSettings(_Section):
         description="Device memory for adapters per replica, in bytes. Unset: 1 GiB on a CPU, a tenth of what the "
         "base leaves of a GPU's memory.",
     )
-    adapter_bits: Literal[16, 8] = Field(
+    adapter_bits: Annotated[Literal[16, 8], BeforeValidator(_number_of_text)] = Field(
         default=16, description="Bits per adapter weight; 8 halves memory and bandwidth."
     )
     host_bytes: int | None = Field(

@@ -72,3 +72,12 @@ def test_float8_is_for_a_base_that_is_not_quantized() -> None:
     assert Settings.load(quantization="nf4").serve.served_quantization("nf4") == "nf4"
     with pytest.raises(SettingsInvalid, match=r'serve\.quantization = "fp8" is for .* quantization is "int8"'):
         Settings.load(quantization="int8", serve={"quantization": "fp8"})
+
+
+def test_a_number_of_few_choices_can_be_set_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMILL_SERVE__ADAPTER_BITS", "8")
+    assert Settings.load().serve.adapter_bits == 8
+    for wrong in ("4", "8.5", "eight"):
+        monkeypatch.setenv("LORAMILL_SERVE__ADAPTER_BITS", wrong)
+        with pytest.raises(SettingsInvalid, match=r"'serve.adapter_bits': Input should be 16 or 8"):
+            Settings.load()
