@@ -76,7 +76,7 @@ def generate(
         numbered = ((replace(defaults, id=str(number)), text) for number, text in enumerate(texts, start=1))
         prompts = [build_request(text, each, chat=chat is not False) for each, text in numbered]
     with make_console(stderr=True).status(f"Loading {base.name}…"):
-        engine = OfflineEngine(base, source, settings.serve)
+        engine = OfflineEngine(base, source, settings.serve, cache=settings.cache)
     bar = file is not None and (out is not None or not sys.stdout.isatty())
     with engine, jsonl_writer(out, force) if file or out else nullcontext(write_text) as write:
         failed = write_completions(engine.generate(prompts, ordered=True), len(prompts), write, bar=bar)

@@ -211,6 +211,14 @@ def test_an_unreadable_adapter_fails_every_prompt(workdir: Path, peft: Path) -> 
     )
 
 
+def test_codes_of_a_base_in_nf4_are_kept_in_the_cache(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMILL_QUANTIZATION", "nf4")
+    monkeypatch.setenv("LORAMILL_CACHE", str(workdir / "cache"))
+    first = ok("tiny", "-p", "Why?")
+    assert len([*(workdir / "cache/nf4").glob("*/*.safetensors")]) == 7, "one per linear of the layer"
+    assert ok("tiny", "-p", "Why?") == first
+
+
 def test_a_bad_file_is_refused_before_anything_is_loaded(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loramill.serve.offline.OfflineEngine", None)
     (workdir / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n{\n')
