@@ -9,7 +9,7 @@ from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy, LinearShape, anatomy, find_config, linears, read_config
 from loramill.sizing.memory import MemoryEstimate, MemoryItem, MemoryRow
 from loramill.sizing.planner import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, format_bytes, plan
-from loramill.sizing.targets import check_targets
+from loramill.sizing.targets import check_targets, refuse_experts
 from loramill.types import JobSpec
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "linears",
     "plan",
     "read_config",
+    "refuse_experts",
 ]
 
 

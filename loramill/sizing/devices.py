@@ -8,9 +8,12 @@ from loramill.errors import InvalidRequest
 
 #: GiB that a program can use, by the name of the GPU.
 GPU_GIB = {
-    "t4": 14.5, "l4": 22.0, "a10": 22.0, "a10g": 22.0, "3090": 23.5, "4090": 23.5, "5090": 31.3, "v100": 31.7,
+    "l4": 22.0, "a10": 22.0, "a10g": 22.0, "3090": 23.5, "4090": 23.5, "5090": 31.3,
     "a100-40": 39.4, "l40s": 44.3, "a6000": 47.4, "a100": 79.1, "h100": 79.1, "h200": 139.7, "b200": 178.0,
 }  # fmt: skip
+
+#: GPUs older than compute capability 8.0, which are refused.
+_TOO_OLD = ("t4", "v100")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)?", re.IGNORECASE)
 _UNITS = {"gb": 2**30, "gib": 2**30, "mb": 2**20, "mib": 2**20}
@@ -22,9 +25,14 @@ def gpu_bytes(text: str) -> int:
     """Bytes that a program can use on a GPU such as "24GB" or "h100"; the GB of a GPU are GiB.
 
     Raises:
-        InvalidRequest: it is neither.
+        InvalidRequest: it is neither, or the GPU is too old.
     """
-    if gib := GPU_GIB.get(text.lower().removeprefix("nvidia ").removeprefix("rtx ").removesuffix("-80")):
+    name = text.lower().removeprefix("nvidia ").removeprefix("rtx ").removesuffix("-80")
+    if name in _TOO_OLD:
+        raise InvalidRequest(
+            f"The GPU '{text}' has a compute capability below 8.0, which loramill needs; give a newer one.", param="gpu"
+        )
+    if gib := GPU_GIB.get(name):
         return round(gib * 2**30)
     return round(_USABLE * memory_bytes(text, f"or a GPU's name ({', '.join(GPU_GIB)})", "gpu"))
 

@@ -93,11 +93,16 @@ def check_targets(spec: JobSpec, base: Base) -> None:
     """
     config = read_config(str(base.folder))
     if anatomy(config).experts is not None:
-        _refuse_experts(spec)
+        refuse_experts(spec)
     adapted_linears(spec, linears(config))
 
 
-def _refuse_experts(spec: JobSpec) -> None:
+def refuse_experts(spec: JobSpec) -> None:
+    """Checks that a job on a mixture of experts trains no expert.
+
+    Raises:
+        InvalidRequest: it would; `param` is loramill.method or .targets.
+    """
     if spec.method == "full":
         raise InvalidRequest(
             "The base is a mixture of experts, whose experts stay frozen: 'full' would train them. Use 'lora'.",

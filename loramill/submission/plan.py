@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from loramill.errors import InvalidRequest, NotEnoughMemory, SettingsInvalid
 from loramill.gpus import MIN_CAPABILITY
 from loramill.local.machine import free_memory
-from loramill.models.catalog import Base
+from loramill.models.catalog import EXPERT_ARCHITECTURES, Base
 from loramill.names import AdapterName
 from loramill.settings import Settings
-from loramill.sizing import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, anatomy, find_config
+from loramill.sizing import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, anatomy, find_config, refuse_experts
 from loramill.sizing import plan as choose_plan
 from loramill.sizing.anatomy import Anatomy
 from loramill.sizing.devices import gpu_bytes, memory_bytes
@@ -62,7 +62,7 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
     read = read_plan_options(options)
     pool = _gpu_pool(read, settings)
     config = anatomy(find_config(settings.base if read.base is None else read.base, settings.cache))
-    spec, quantization = _resolve(read, config.context, settings)
+    spec, quantization = _resolve(read, config, settings)
     request = SizingRequest(
         spec=spec,
         base=config,
@@ -134,8 +134,9 @@ def _describe_engine(options: PlanOptions, base: Anatomy, quantization: Quantiza
     return f"An engine with {settings.serve.gpu_fraction or 1:.0%} of {gpu}: {limits}."
 
 
-def _resolve(options: PlanOptions, context: int, settings: Settings) -> tuple[JobSpec, Quantization]:
+def _resolve(options: PlanOptions, config: Anatomy, settings: Settings) -> tuple[JobSpec, Quantization]:
     """Returns the spec with every default, and the quantization of the base."""
+    mixture = config.experts is not None
     own = options.model_dump(include=set(LoramillOptions.model_fields), exclude_none=True)
     if options.length is not None:
         own["max_length"] = options.length
@@ -148,5 +149,15 @@ def _resolve(options: PlanOptions, context: int, settings: Settings) -> tuple[Jo
         options=job,
     )
     quantization = job.quantization or "none"
-    base = Base("plan", Path(), "0" * 64, "plan", context, quantization)
-    return resolve_spec(request, base, examples=_EXAMPLES), quantization
+    if mixture and quantization != "none":
+        raise InvalidRequest(
+            "The base is a mixture of experts, and experts can't be quantized: leave 'quantization' out, use another "
+            "method than qlora, and leave the setting `quantization` out.",
+            param="quantization",
+        )
+    architecture = EXPERT_ARCHITECTURES[0] if mixture else "plan"
+    base = Base("plan", Path(), "0" * 64, architecture, config.context, quantization)
+    spec = resolve_spec(request, base, examples=_EXAMPLES)
+    if mixture:
+        refuse_experts(spec)
+    return spec, quantization

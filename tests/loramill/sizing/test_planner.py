@@ -257,6 +257,12 @@ def test_gpus_by_size_or_name(text: str, gib: float) -> None:
     assert gpu_bytes(text) == pytest.approx(gib * GIB, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["t4", "NVIDIA V100"])
+def test_a_gpu_that_is_too_old_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="compute capability below 8.0"):
+        gpu_bytes(name)
+
+
 @pytest.mark.parametrize("text", ["", "big", "-3GB", "24TB2"])
 def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.settings import JobSettings, Settings
 from loramill.submission.plan import JobPlan, plan_job, read_plan_file
+from loramill.types import ATTENTION_TARGETS
 
 
 @pytest.fixture
@@ -64,6 +66,38 @@ def test_an_engine_in_float8_is_not_planned_for_a_quantized_base(settings: Setti
     assert 'serve.quantization = "fp8" is for a base that is not quantized' in str(
         plan(fp8, gpu="80GB", method="qlora").engine
     )
+
+
+def mixture(folder: Path) -> str:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64, "head_dim": 16,
+        "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_plan_of_a_mixture_has_the_targets_of_a_job(settings: Settings, tmp_path: Path) -> None:
+    assert plan(settings, base=mixture(tmp_path)).sizing.spec.targets == ATTENTION_TARGETS
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"method": "full"}, "loramill.method"),
+        ({"targets": ("up_proj",)}, "loramill.targets"),
+        ({"quantization": "nf4"}, "quantization"),
+        ({"method": "qlora"}, "quantization"),
+    ],
+)
+def test_a_plan_refuses_what_a_mixture_cannot_be_trained_with(
+    settings: Settings, tmp_path: Path, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="mixture of experts") as refused:
+        plan(settings, base=mixture(tmp_path), **options)
+    assert refused.value.param == param
 
 
 @pytest.mark.parametrize(
