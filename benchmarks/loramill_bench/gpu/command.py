@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from loramill.errors import InvalidRequest, LoramillError, SetupError
 from loramill_bench.gpu import model
@@ -22,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.model:
         _print("\n".join(model.table()))
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.stage:
         run_stage(_chosen(options.stage)[0], options.out, dry=options.dry)
         return 0
     try:
         stages = _chosen(options.only)
         _check_device(options.dry)
+        _make_folder(options.out)
         reports = run_stages(
             stages,
             options.out,
@@ -59,13 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", default="", metavar="STAGES", help=f"only some of {','.join(stage.name for stage in STAGES)}"
     )
-    parser.add_argument("--seconds", type=float, default=540, help="time for all stages (default: %(default)s)")
+    parser.add_argument("--seconds", type=_duration, default=540, help="time for all stages (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="test the flow on a CPU with tiny shapes")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results.csv")
     parser.add_argument("--commit", help="the measured commit, where git is not installed")
     parser.add_argument("--model", action="store_true", help="print the performance model's times, and exit")
     parser.add_argument("--stage", default="", help=argparse.SUPPRESS)
     return parser
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return seconds
 
 
 def _chosen(names: str) -> list[Stage]:
@@ -91,6 +103,22 @@ def _check_device(dry: bool) -> None:
             f"torch {torch.__version__} finds no CUDA device: run on a machine with an NVIDIA GPU and a torch built "
             "for CUDA, or give --dry to test the flow on this one."
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the folder of the results.
+
+    Raises:
+        InvalidRequest: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidRequest(
+            f"--out {folder} can't be used for results: {error}. Give a folder that can be written.", param="out"
+        ) from error
 
 
 def _write_rows(reports: Sequence[StageReport], options: argparse.Namespace) -> None:

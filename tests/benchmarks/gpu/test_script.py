@@ -182,6 +182,20 @@ def test_the_command_line(tmp_path, capsys, monkeypatch, arguments, status, prin
     assert printed in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_a_stage_runs(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        assert command.main(["--dry", "--only", "machine", "--out", str(folder)]) == 2
+        assert f"--out {folder} can't be used for results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf", "long"])
+def test_a_time_that_is_not_above_zero_is_refused(tmp_path, capsys, seconds):
+    with pytest.raises(SystemExit):
+        command.main(["--dry", "--seconds", seconds, "--out", str(tmp_path)])
+    assert f"--seconds: '{seconds}' is not a number of seconds above 0" in capsys.readouterr().err
+
+
 def test_rows_are_written_as_the_csv_has_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
