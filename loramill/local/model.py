@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from loramill.client.adapter_folder import CONFIG_FILE, find_subfolder
-from loramill.errors import ModelNotFound
+from loramill.errors import AdapterInvalid, ModelNotFound
 from loramill.models.catalog import Base, find_base
 from loramill.names import ModelName
 from loramill.registry import Registry, adapters
@@ -46,3 +47,25 @@ def find_model(model: str, settings: Settings) -> tuple[Base, str | None, Callab
         raise ModelNotFound(f"The model '{model}' was trained on another base than '{base.name}'.")
     registry.artifacts.fetch(version.id)  # before loading the base, which takes longer
     return base, version.id, registry.artifacts.fetch
+
+
+def check_gains(folder: Path, base: Base) -> None:
+    """Checks that DoRA's gains in the folder of an exported version are those of a base in its quantization.
+
+    Raises:
+        AdapterInvalid: they are another base's, and would be applied to this one.
+    """
+    from loramill.kernels.peft_folder import GAINS_FILE
+
+    if not (folder / GAINS_FILE).is_file():
+        return
+    try:
+        trained_on = json.loads((folder / "loramill.json").read_bytes())["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        trained_on = None
+    if trained_on != base.fingerprint:
+        raise AdapterInvalid(
+            f"{GAINS_FILE} in {folder} is not known to be of the base '{base.name}' with quantization "
+            f"'{base.quantization}': set `base` and `quantization` to those that the adapter was trained with, or "
+            "remove the file; the gains are then computed."
+        )

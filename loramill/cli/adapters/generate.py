@@ -59,7 +59,7 @@ def generate(
     """
     texts = _read_prompts(prompt, file)
     check_output(out, file, force)
-    from loramill.local.model import find_model
+    from loramill.local.model import check_gains, find_model
     from loramill.serve.offline import OfflineEngine, PromptFile, build_request
     from loramill.serve.protocol import TextRequest
     from loramill.serve.sampling_params import SamplingParams
@@ -67,6 +67,8 @@ def generate(
 
     settings = Settings.load()
     base, version, source = find_model(model, settings)
+    if version is not None:
+        check_gains(source(version), base)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     defaults = TextRequest("", "", version, sampling_params=params, stop=tuple(stop or ()))
     prompts: list[TextRequest] | PromptFile

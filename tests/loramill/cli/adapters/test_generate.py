@@ -21,7 +21,8 @@ from typer.testing import CliRunner, Result
 
 from loramill.cli import app
 from loramill.cli.adapters.completions import append_line
-from loramill.errors import DiskFull
+from loramill.errors import AdapterInvalid, DiskFull
+from loramill.local.model import check_gains
 from loramill.models.catalog import Base, find_base
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, tenants
@@ -217,6 +218,20 @@ def test_codes_of_a_base_in_nf4_are_kept_in_the_cache(workdir: Path, monkeypatch
     first = ok("tiny", "-p", "Why?")
     assert len([*(workdir / "cache/nf4").glob("*/*.safetensors")]) == 7, "one per linear of the layer"
     assert ok("tiny", "-p", "Why?") == first
+
+
+def test_the_gains_of_a_dora_are_those_of_its_base(
+    workdir: Path, peft: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = shutil.copytree(peft, workdir / "exported")
+    found = find_base(str(tiny), workdir / "cache")
+    (exported / "dora_gains.safetensors").touch()
+    with pytest.raises(AdapterInvalid, match="or remove the file"):
+        check_gains(exported, found)
+    (exported / "loramill.json").write_text(json.dumps({"base": found.fingerprint}))
+    check_gains(exported, found)
+    monkeypatch.setenv("LORAMILL_QUANTIZATION", "int8")
+    assert "of the base 'tiny' with quantization 'int8'" in failed(exported, "-p", "Why?")
 
 
 def test_a_bad_file_is_refused_before_anything_is_loaded(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
