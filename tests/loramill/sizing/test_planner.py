@@ -259,7 +259,7 @@ def test_gpus_by_size_or_name(text: str, gib: float) -> None:
 
 @pytest.mark.parametrize("name", ["t4", "NVIDIA V100"])
 def test_a_gpu_that_is_too_old_is_refused(name: str) -> None:
-    with pytest.raises(InvalidRequest, match="compute capability below 8.0"):
+    with pytest.raises(InvalidRequest, match=r"compute capability below 8\.0"):
         gpu_bytes(name)
 
 
