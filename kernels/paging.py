@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,8 @@ class KVSpan(NamedTuple):
     Attributes:
         start: Position of the first token; all positions before it are in the cache.
         count: Number of new tokens.
-        block_table: The sequence's blocks in order, at least enough for `start + count` positions.
+        block_table: The sequence's blocks in order, at least enough for `start + count` positions; an array of int32 is
+            copied at once, a list number by number.
     """
 
     start: int
@@ -81,15 +82,16 @@ class Pages:
         starts, counts, block_tables = zip(*spans, strict=True) if spans else ((), (), ())
         table[:, START], table[:, COUNT] = starts, counts
         used = (table[:, START] + table[:, COUNT] - 1) // block_size + 1
-        held = np.fromiter(map(len, block_tables), np.int32, len(spans))
-        if min(counts, default=1) < 1 or min(starts, default=0) < 0 or (held < used).any():
+        if min(counts, default=1) < 1 or min(starts, default=0) < 0:
             raise _fault(spans, block_size)
-        listed = chain.from_iterable(blocks[:need] for blocks, need in zip(block_tables, used.tolist(), strict=True))
-        blocks = np.fromiter(listed, np.int32, int(used.sum()))
+        parts = map(_first_blocks, block_tables, used.tolist())
+        blocks = np.frombuffer(bytearray().join(parts), np.int32)
+        if len(blocks) < used.sum():
+            raise _fault(spans, block_size)
         if blocks.min(initial=0) < 0:
             raise EngineFault(f"Block {blocks.min()} is negative; blocks are numbered from 0.")
-        table[1:, FIRST] = np.cumsum(table[:-1, COUNT])
-        table[1:, BLOCKS] = np.cumsum(used[:-1])
+        table[1:, FIRST] = table[:-1, COUNT].cumsum()
+        table[1:, BLOCKS] = used[:-1].cumsum()
         of_rows, positions = table, table[:, START].copy()
         if max(counts, default=1) > 1:
             of_rows = np.repeat(table, table[:, COUNT], axis=0)
@@ -124,6 +126,11 @@ class Pages:
                 f"The paging has {self.rows} rows and {self.end} blocks of {self.block_size}; the step has {rows} rows "
                 f"and a cache of {blocks} blocks of {block_size}."
             )
+
+
+def _first_blocks(block_table: Sequence[int], count: int) -> array[int]:
+    """The first blocks of a table as int32."""
+    return block_table[:count] if isinstance(block_table, array) else array("i", block_table[:count])
 
 
 def _fault(spans: Sequence[KVSpan], block_size: int) -> EngineFault:

@@ -42,6 +42,8 @@ TILE = 16 << 10
 DEEP = 160 << 10
 #: The window of a layer without one.
 _ALL = 2**31 - 1
+#: Added to first row, position and start of the blocks: a row sees one position more than precede it.
+_ONE_MORE = np.array([0, 1, 0], np.int32)
 
 
 def attention(
@@ -129,7 +131,7 @@ class StaticPages:
         wide = numbers[: 4 * rows].view(np.int64).reshape(2, rows)
         wide[1] = own.slots
         wide[:, : pages.rows] = pages.positions, pages.slots
-        numbers[4 * rows : 4 * rows + 3 * pages.rows] = _decode_table(pages).reshape(-1)
+        numbers[4 * rows : 4 * rows + 3 * pages.rows] = _decode_table(pages.table).reshape(-1)
         numbers[7 * rows :] = pages.blocks
         copy_to_device(numbers, self._numbers[: len(numbers)])
 
@@ -218,14 +220,13 @@ def splits_of(sequences: int, kv_heads: int) -> int:
 def _decodes(pages: Pages, device: torch.device) -> DecodeBatch:
     key = (DecodeBatch, device)
     if key not in pages.memo:
-        table = _decode_table(pages)
+        table = _decode_table(pages.table[pages.table[:, COUNT] == 1])
         numbers = to_device(np.concatenate([table.reshape(-1), pages.blocks]), device)
         pages.memo[key] = DecodeBatch(numbers[: table.size].view(-1, 3), numbers[table.size :])
     decodes: DecodeBatch = pages.memo[key]
     return decodes
 
 
-def _decode_table(pages: Pages) -> NDArray[np.int32]:
-    """The table of `Decodes`."""
-    single = pages.table[pages.table[:, COUNT] == 1]
-    return np.stack([single[:, FIRST], single[:, START] + 1, single[:, BLOCKS]], axis=1)
+def _decode_table(table: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The table of `DecodeBatch`, by the rows of `Pages.table` with a single row each."""
+    return table[:, (FIRST, START, BLOCKS)] + _ONE_MORE

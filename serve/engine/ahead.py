@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk
 from loramill.serve.engine.scheduling.sequence import RunningSequence
+from loramill.serve.model import Chunk
 
 
 class PendingTokens:
@@ -42,38 +42,25 @@ class PendingTokens:
         return [None if token < 0 else token for token in self._tokens.tolist()]
 
 
-class AheadDecode(NamedTuple):
-    """One sequence of a pass that was launched ahead.
-
-    Attributes:
-        row: Of the pass's logits.
-        position: Of the token that was computed.
-        block_table: The list that was the sequence's; it gets another one when it loses its blocks.
-    """
-
-    row: int
-    position: int
-    block_table: list[int]
-
-
 @dataclass(frozen=True, slots=True)
 class AheadPass:
     """A pass that was launched ahead.
 
     Attributes:
-        decodes: By the sequence's id.
+        decodes: The row of the logits and the chunk that was computed, by the sequence's id. A sequence that loses its
+            blocks gets another block table than the chunk's.
         logits: float32 [rows, vocabulary].
     """
 
-    decodes: dict[int, AheadDecode]
+    decodes: dict[int, tuple[int, Chunk]]
     logits: torch.Tensor
 
     def row(self, chunk: ScheduledChunk, sequence: RunningSequence) -> int | None:
         """The row of a chunk's logits; None if the pass did not compute the chunk."""
-        decode = self.decodes.get(chunk.id)
-        if decode is None or chunk.count != 1 or chunk.start != decode.position:
+        row, computed = self.decodes.get(chunk.id, (None, None))
+        if computed is None or chunk.count != 1 or chunk.start != computed.start:
             return None
-        return decode.row if sequence.block_table is decode.block_table else None
+        return row if sequence.block_table is computed.block_table else None
 
     def merge(self, rows: Sequence[int | None], kept: Sequence[int], rest: torch.Tensor | None) -> torch.Tensor:
         """The logits of a step.

@@ -19,7 +19,7 @@ from loramill.kernels.device import free_cached_memory
 from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
+from loramill.serve.engine.ahead import AheadPass, PendingTokens
 from loramill.serve.engine.failures import FailureKind, ModelFailure, recover_from_out_of_memory
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 #: An answer's next token (None: it has no valid one) and its log probabilities, if they were requested.
 _SampledToken = tuple[int | None, tuple[TokenLogprobs, ...]]
+
+#: In place of tokens that are still on the device.
+_UNREAD = (0,)
 
 
 class Engine:
@@ -238,7 +241,8 @@ class Engine:
             else:
                 known = [id_ for id_ in self._requests.ids_of(item) if id_ in self._scheduler]
                 self._end(known, FinishReason.CANCELLED)
-        self._end(self._requests.overload_victims(self._scheduler), FinishReason.ERROR, self._requests.overloaded())
+        if victims := self._requests.overload_victims(self._scheduler):
+            self._end(victims, FinishReason.ERROR, self._requests.overloaded())
         for id_ in self._requests.take_overdue(self._scheduler):
             self._end([id_], FinishReason.ERROR, _too_late(self._requests[id_]))
         for version, error in self._adapters.collect_loaded():
@@ -294,13 +298,13 @@ class Engine:
 
     def _run(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns float32 logits [sum of `logits_to_keep`, vocabulary]."""
-        steps = list(zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True))
         ahead, self._ahead = self._ahead, None
+        steps = zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True)
         if ahead is None:
             return self._forward(steps)
-        rows = [ahead.row(chunk, state.sequence) for state, chunk, _ in steps]
-        rest = [step for step, row in zip(steps, rows, strict=True) if row is None]
-        if len(rest) == len(steps):
+        rows = [ahead.row(chunk, state.sequence) for state, chunk in zip(batch.states, batch.chunks, strict=True)]
+        rest = [step for step, row in zip(steps, rows, strict=True) if row is None] if None in rows else []
+        if len(rest) == len(rows):
             return self._forward(rest)
         return ahead.merge(rows, batch.logits_to_keep, self._forward(rest) if rest else None)
 
@@ -322,20 +326,19 @@ class Engine:
             return
         if any(state.request.sampling_params.logprobs is not None for state in batch.sampled):
             return
-        steps = [(row, state) for row, state in enumerate(batch.sampled) if not state.is_full_with_next]
-        if not steps or not self._scheduler.allocate_ahead([state.id for _, state in steps]):
+        states = [state for state in batch.sampled if not state.is_full_with_next]
+        sequences = [state.sequence for state in states]
+        if not states or not self._scheduler.allocate_ahead(sequences):
             return
-        sequences = [state.sequence for _, state in steps]
-        decodes = {s.id: AheadDecode(row, len(s.tokens), s.block_table) for row, s in enumerate(sequences)}
-        chunks = [Chunk((0,), decode.position, decode.block_table, 1) for decode in decodes.values()]
-        slots = [self._adapters.slot(state.version) for _, state in steps]
+        chunks = [Chunk(_UNREAD, len(s.tokens), s.block_table, 1) for s in sequences]
+        slots = [self._adapters.slot(state.version) for state in states]
         if slots != self._ahead_slots:
             self._ahead_slots, self._ahead_batch = slots, Batch.of((slot, 1) for slot in slots)
-        if len(steps) < len(tokens):
-            tokens = _rows(tokens, [row for row, _ in steps])
+        if len(states) < len(tokens):
+            tokens = _rows(tokens, [row for row, s in enumerate(batch.sampled) if not s.is_full_with_next])
         # An answer without a valid token ends.
         logits = self._model.forward(chunks, self._cache, self._adapters.slab, self._ahead_batch, tokens.clamp(min=0))
-        self._ahead = AheadPass(decodes, logits)
+        self._ahead = AheadPass({s.id: (row, chunks[row]) for row, s in enumerate(sequences)}, logits)
 
     def _sample(self, batch: StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
         """Samples a token for each of `batch.sampled`, and keeps the log probabilities of echoed prompts."""
@@ -346,7 +349,8 @@ class Engine:
         tokens = self._sample_tokens(batch, last)
         logprobs = _logprobs(batch.sampled, tokens, last)
         for chunk, state, end in zip(batch.chunks, batch.states, ends, strict=True):
-            state.add_prompt_logprobs(chunk, logits, end)
+            if state.echo_pending:
+                state.add_prompt_logprobs(chunk, logits, end)
         return list(zip(tokens, logprobs, strict=True))
 
     def _sample_tokens(self, batch: StepBatch, logits: torch.Tensor) -> list[int | None]:

@@ -26,11 +26,13 @@ class RequestState:
         sequence: Its state in the scheduler; the tokens are those of the prompt and the answer.
         sampler: Samples its tokens.
         max_tokens: The most tokens that it may get.
-        token_limit: The most tokens of its prompt and itself.
         echo_pending: Whether the prompt is still to be put out.
         prompt_logprobs: Of the prompt's tokens, as far as they have been computed.
         waiting_since: Time of submission by the monotonic clock; None once it has run.
         overload_victim: Whether another tenant's request takes its place among the waiting ones.
+        id: The sequence's id.
+        version: The version that it runs with; None: the base alone.
+        token_limit: The most tokens of its prompt and itself.
     """
 
     request: Request
@@ -42,20 +44,14 @@ class RequestState:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     waiting_since: float | None = field(default_factory=time.monotonic)
     overload_victim: bool = False
+    id: int = field(init=False)
+    version: str | None = field(init=False)
     token_limit: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.id = self.sequence.id
+        self.version = self.request.version
         self.token_limit = len(self.request.tokens) + self.max_tokens
-
-    @property
-    def id(self) -> int:
-        """The sequence's id."""
-        return self.sequence.id
-
-    @property
-    def version(self) -> str | None:
-        """The version that it runs with; None: the base alone."""
-        return self.request.version
 
     @property
     def is_full(self) -> bool:
@@ -79,7 +75,7 @@ class RequestState:
         prompt = self.echo_pending and self.request.sampling_params.logprobs is not None
         if prompt and chunk.start < len(self.request.tokens):
             return chunk.count
-        return int(chunk.sampled)
+        return 1 if chunk.sampled else 0
 
     def add_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor, end: int) -> None:
         """Keeps the log probabilities of an echoed prompt's tokens.
@@ -115,4 +111,4 @@ class RequestState:
             if self.request.sampling_params.logprobs is not None:
                 first = TokenLogprobs(self.request.tokens[0], None, ())
                 logprobs = (first, *self.prompt_logprobs, *logprobs)
-        return Output(self.request.id, tokens, finish_reason, logprobs=logprobs, index=self.index)
+        return Output(self.request.id, tokens, finish_reason, None, logprobs, self.index)

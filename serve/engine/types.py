@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,9 +94,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """New tokens of one answer.
+class Output(NamedTuple):
+    """New tokens of one answer. A tuple, since a step makes one per answer.
 
     Attributes:
         request_id: Id of the request.
@@ -112,7 +111,7 @@ class Output:
     finish_reason: FinishReason | None = None
     error: LoramillError | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # a tuple's method
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,9 +128,8 @@ class Decoder:
 
     def pages(self, chunks: Sequence[Chunk], cache: Sequence[LayerKV]) -> Pages:
         """The paging of a step."""
-        return Pages.of(
-            [KVSpan(chunk.start, len(chunk.tokens), chunk.block_table) for chunk in chunks], cache[0].block_size
-        )
+        spans = [KVSpan(start, len(tokens), block_table) for tokens, start, block_table, _ in chunks]
+        return Pages.of(spans, cache[0].block_size)
 
     def embed(
         self, chunks: Sequence[Chunk], slab: Slab, batch: Batch, tokens: torch.Tensor | None = None

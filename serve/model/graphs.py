@@ -13,14 +13,12 @@ prompts are long.
 from __future__ import annotations
 
 import logging
-import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from loramill.kernels import Batch, LayerKV, Pages, Site, Slab
@@ -135,10 +133,6 @@ class GraphedDecoder:
         self.failed_captures = 0
         self._compiling = False
         self._owners: tuple[Sequence[LayerKV], Slab] | None = None
-        # The largest rank in each slot, and the slab and its number of changes for which they were computed.
-        self._slot_ranks = np.zeros(0, np.int64)
-        self._ranked: Callable[[], Slab | None] = lambda: None
-        self._ranked_changes = -1
 
     def new_cache(self, blocks: int, block_size: int) -> tuple[LayerKV, ...]:
         """An empty KV cache of `blocks` blocks for `forward`, and one more for unused rows of a graph."""
@@ -196,7 +190,7 @@ class GraphedDecoder:
 
     def _bucket(self, chunks: Sequence[Chunk], slab: Slab, batch: Batch) -> tuple[int, int] | None:
         """Rows and largest rank of the smallest graph that a step fits; None if it fits none."""
-        if any(len(chunk.tokens) != 1 or chunk.logits_to_keep != 1 for chunk in chunks):
+        if batch.rows > len(chunks) or not all(chunk.logits_to_keep for chunk in chunks):
             return None
         rows = bisect_left(self._rows, len(chunks))
         rank = bisect_left(self._ranks, self._largest_rank(slab, batch))
@@ -205,10 +199,11 @@ class GraphedDecoder:
         return self._rows[rows], self._ranks[rank]
 
     def _largest_rank(self, slab: Slab, batch: Batch) -> int:
-        if (self._ranked(), self._ranked_changes) != (slab, slab.changes):
-            self._ranked, self._ranked_changes = weakref.ref(slab), slab.changes
-            self._slot_ranks = slab.table[..., RANK].max(axis=(0, 2), initial=0)
-        return int(self._slot_ranks[batch.segments[:, 0]].max(initial=0))
+        known: tuple[int, int] | None = batch.memo.get((GraphedDecoder, slab))
+        if known is None or known[0] != slab.changes:
+            rank = int(slab.table[:, batch.segments[:, 0], :, RANK].max(initial=0))
+            known = batch.memo[GraphedDecoder, slab] = slab.changes, rank
+        return known[1]
 
     def _graph(self, rows: int, rank: int, cache: Sequence[LayerKV], slab: Slab) -> _Graph | None:
         """The captured graph; None if it can't be captured, or only its kernels are to be compiled."""

@@ -1,6 +1,7 @@
 """Paged attention of every backend against float64 attention over plain tensors, step by step as an engine does it."""
 
 import random
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -290,13 +291,19 @@ def test_no_rows(name):
 
 
 def test_paging():
-    pages = Pages.of([KVSpan(0, 3, [4]), KVSpan(15, 1, [7]), KVSpan(16, 1, [2, 9, 5]), KVSpan(14, 4, [1, 0])], 16)
+    spans = [
+        KVSpan(0, 3, [4]),
+        KVSpan(15, 1, array("i", [7])),
+        KVSpan(16, 1, array("i", [2, 9, 5])),
+        KVSpan(14, 4, [1, 0]),
+    ]
+    pages = Pages.of(spans, 16)
     assert pages.table.tolist() == [[0, 3, 0, 0], [3, 1, 15, 1], [4, 1, 16, 2], [5, 4, 14, 4]]
     assert pages.blocks.tolist() == [4, 7, 2, 9, 1, 0]
     assert pages.positions.tolist() == [0, 1, 2, 15, 16, 14, 15, 16, 17]
     assert pages.slots.tolist() == [64, 65, 66, 127, 144, 30, 31, 0, 1]
     assert (pages.rows, pages.end) == (9, 10)
-    assert all(array.dtype == np.int32 for array in (pages.table, pages.blocks, pages.positions, pages.slots))
+    assert all(part.dtype == np.int32 for part in (pages.table, pages.blocks, pages.positions, pages.slots))
     on_cpu = pages.on(torch.device("cpu"))
     assert [part.tolist() for part in on_cpu] == [pages.positions.tolist(), pages.slots.tolist()]
     assert pages.on(torch.device("cpu")) is on_cpu

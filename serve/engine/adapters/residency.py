@@ -152,7 +152,7 @@ class Residency:
         evict: list[str] = []
         load: list[str] = []
         queue = sorted((e.waiting_since, v) for v, e in self._entries.items() if e.users and not e.has_slot)
-        free = self.slots - sum(entry.has_slot for entry in self._entries.values())
+        free = self.slots - sum(entry.has_slot for entry in self._entries.values()) if queue else 0
         for _, version in queue:
             if free:
                 free -= 1

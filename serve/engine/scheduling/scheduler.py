@@ -10,9 +10,11 @@ has been served more and runs at least two sequences more than its own.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loramill.errors import EngineFault
 from loramill.serve.engine.scheduling.block_pool import BlockPool, block_key, root_key
@@ -21,9 +23,8 @@ from loramill.serve.engine.scheduling.rank_budget import RankBudget
 from loramill.serve.engine.scheduling.sequence import RunningSequence
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """What one sequence computes in a step.
+class ScheduledChunk(NamedTuple):
+    """What one sequence computes in a step. A tuple, since a step makes one per sequence.
 
     Attributes:
         id: Of the sequence.
@@ -34,7 +35,7 @@ class ScheduledChunk:
 
     id: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method
     sampled: bool
 
 
@@ -161,18 +162,18 @@ class Scheduler:
         chunks, admitted = self._fill_token_budget(ready, may_admit)
         return StepPlan(tuple(chunks), tuple(admitted), tuple(preempted))
 
-    def allocate_ahead(self, ids: Sequence[int]) -> bool:
+    def allocate_ahead(self, sequences: Sequence[RunningSequence]) -> bool:
         """Gives each of these running sequences the block for one more token than it has, if blocks are available.
 
         Returns:
             Whether they have them; if not, nothing has changed.
         """
-        sequences = map(self._sequences.__getitem__, ids)
-        lacking = [s for s in sequences if len(s.tokens) >= len(s.block_table) * self._block_size]
+        size = self._block_size
+        lacking = [s for s in sequences if len(s.tokens) >= len(s.block_table) * size]
         if len(lacking) > self._pool.available:
             return False
         for sequence in lacking:
-            sequence.block_table += self._pool.allocate(1)
+            sequence.block_table.extend(self._pool.allocate(1))
         return True
 
     def commit(self, plan: StepPlan) -> None:
@@ -210,10 +211,11 @@ class Scheduler:
     def _allocate_for_decode(self) -> list[int]:
         """Gives each running sequence the blocks for its known tokens; returns the ids preempted for that."""
         preempted: list[int] = []
-        for sequence in [s for s in self._running if self._blocks_for(s) > len(s.block_table)]:
+        size = self._block_size
+        for sequence in [s for s in self._running if len(s.tokens) > len(s.block_table) * size]:
             while sequence.id not in preempted and self._blocks_for(sequence) > len(sequence.block_table):
                 if self._pool.available:
-                    sequence.block_table += self._pool.allocate(1)
+                    sequence.block_table.extend(self._pool.allocate(1))
                 else:
                     preempted.append(self._preempt(self._preemption_victim()))
         return preempted
@@ -261,11 +263,12 @@ class Scheduler:
 
     def _schedule_chunk(self, sequence: RunningSequence, budget: int, chunks: list[ScheduledChunk]) -> int:
         """Schedules as many of a sequence's tokens as the budget allows; returns their number."""
-        left = len(sequence.tokens) - sequence.computed_tokens
-        count = min(left, budget)
+        start = sequence.computed_tokens
+        left = len(sequence.tokens) - start
+        count = left if left < budget else budget
         if count:
-            chunks.append(ScheduledChunk(sequence.id, sequence.computed_tokens, count, count == left))
-            self._queue.charge(sequence, sequence.computed_tokens + count)
+            chunks.append(ScheduledChunk(sequence.id, start, count, count == left))
+            self._queue.charge(sequence, start + count)
         return count
 
     def _next_waiting(self, ready: Callable[[str | None], bool]) -> RunningSequence | None:
@@ -299,7 +302,8 @@ class Scheduler:
         self._running.append(sequence)
         shared = self._shared_blocks(sequence)
         self._pool.incref(shared)
-        sequence.block_table = shared + self._pool.allocate(self._blocks_for(sequence) - len(shared))
+        new = self._pool.allocate(self._blocks_for(sequence) - len(shared))
+        sequence.block_table = array("i", [*shared, *new])
         sequence.cached_blocks = len(shared)
         sequence.computed_tokens = len(shared) * self._block_size
         self.reused_tokens += sequence.computed_tokens
@@ -326,7 +330,7 @@ class Scheduler:
         self._reserved.subtract(sequence.block_keys[_reserved(sequence)])
         self._reserved = +self._reserved
         self._pool.free(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
         sequence.computed_tokens = sequence.cached_blocks = sequence.reserved_blocks = 0
 
     def _blocks_for(self, sequence: RunningSequence) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 
@@ -14,7 +15,7 @@ class RunningSequence:
         priority: A higher priority goes first.
         use_prefix_cache: Whether the sequence may start from blocks in the prefix cache.
         computed_tokens: Number of tokens whose keys and values are in the KV cache.
-        block_table: Its blocks of the KV cache, in order.
+        block_table: Its blocks of the KV cache, in order, as int32: each step copies all of them.
         block_keys: Keys of its full blocks, as far as they have been needed.
         cached_blocks: Number of its blocks that are full and in the prefix cache.
         reserved_blocks: Number of its blocks that were full of known tokens when it was admitted.
@@ -29,7 +30,7 @@ class RunningSequence:
     priority: int = 0
     use_prefix_cache: bool = True
     computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))
     block_keys: list[bytes] = field(default_factory=list)
     cached_blocks: int = 0
     reserved_blocks: int = 0

@@ -1,15 +1,17 @@
 """Passes launched ahead, with a decoder on the CPU that the engine takes for one that runs asynchronously."""
 
 import random
+from array import array
 
 import pytest
 import torch
 
 from loramill.serve.engine import Engine, EngineConfig, FinishReason
 from loramill.serve.engine import engine as engine_module
-from loramill.serve.engine.ahead import AheadDecode, AheadPass, PendingTokens
+from loramill.serve.engine.ahead import AheadPass, PendingTokens
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler
 from loramill.serve.engine.scheduling.sequence import RunningSequence
+from loramill.serve.model import Chunk
 
 from .conftest import VOCABULARY, Driver
 from .test_masks import Steps
@@ -166,14 +168,14 @@ def test_a_row_without_a_valid_token_ends_alone(ahead, asynchronous, monkeypatch
 
 
 def test_a_chunk_is_taken_only_from_a_pass_that_computed_it():
-    sequence = RunningSequence(1, "t", None, [5, 6, 7], computed_tokens=2, block_table=[0])
-    computed = AheadPass({1: AheadDecode(0, 2, sequence.block_table)}, torch.zeros(1, 4))
+    sequence = RunningSequence(1, "t", None, [5, 6, 7], computed_tokens=2, block_table=array("i", [0]))
+    computed = AheadPass({1: (0, Chunk((0,), 2, sequence.block_table, 1))}, torch.zeros(1, 4))
     assert computed.row(ScheduledChunk(1, 2, 1, True), sequence) == 0
     assert computed.row(ScheduledChunk(1, 1, 1, True), sequence) is None
     assert computed.row(ScheduledChunk(1, 2, 2, True), sequence) is None
     assert computed.row(ScheduledChunk(2, 2, 1, True), sequence) is None
     # It was preempted, and has the same blocks by chance.
-    sequence.block_table = [0]
+    sequence.block_table = array("i", [0])
     assert computed.row(ScheduledChunk(1, 2, 1, True), sequence) is None
 
 
@@ -191,12 +193,13 @@ def test_blocks_are_allocated_ahead_for_all_or_none():
     for id_ in range(3):
         scheduler.add(RunningSequence(id_, "t", None, [id_, 1, 2, 3], use_prefix_cache=False))
     scheduler.commit(scheduler.schedule(lambda version: True))
-    assert not scheduler.allocate_ahead([0, 1, 2])
+    first, second, third = scheduler.sequences
+    assert not scheduler.allocate_ahead([first, second, third])
     assert scheduler.free_blocks == 2
-    assert scheduler.allocate_ahead([0, 1])
+    assert scheduler.allocate_ahead([first, second])
     assert scheduler.free_blocks == 0
     # They have their blocks already.
-    assert scheduler.allocate_ahead([0, 1])
+    assert scheduler.allocate_ahead([first, second])
     for id_ in range(3):
         scheduler.get(id_).tokens.append(9)
     scheduler.check_integrity()

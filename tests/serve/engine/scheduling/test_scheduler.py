@@ -159,7 +159,7 @@ def test_the_last_admitted_is_preempted_first_and_readmitted_first():
     assert plan.preempted == ("second",)
     assert plan.admitted == ()
     assert chunks(plan) == [("first", 8, 1, True)]
-    assert s.get("second").block_table == []
+    assert not s.get("second").block_table
     s.remove("first")
     plan = run(s)
     assert plan.admitted == ("second", "third")
