@@ -8,6 +8,7 @@ and each compilation has a context of its own (`triton.AsyncCompileMode` relies 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +18,15 @@ from typing import Any
 from triton import knobs
 from triton.runtime import driver
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def parallel_compilation() -> Iterator[None]:
     """Compiles kernels in other threads instead of launching them; at the end of the block, all are compiled.
 
-    Results that are computed in the block are arbitrary. A kernel that can't be compiled raises its error at its next
-    launch. Only the thread that entered the block may launch kernels in it.
+    Results that are computed in the block are arbitrary. A kernel that can't be compiled is a warning in the log, and
+    raises its error at its next launch. Only the thread that entered the block may launch kernels in it.
     """
     pending: dict[tuple[object, str], Future[None]] = {}
 
@@ -42,6 +45,9 @@ def parallel_compilation() -> Iterator[None]:
             yield
         finally:
             knobs.runtime.jit_cache_hook = before
+    for (kernel, _), compilation in pending.items():
+        if (error := compilation.exception()) is not None:
+            log.warning("The kernel %s was not compiled ahead: %r.", kernel, error)
 
 
 def _compile(kernel: Any, specialization: str, device: int) -> None:

@@ -75,10 +75,11 @@ def step():
     return run
 
 
-def test_kernels_are_compiled_before_they_are_launched(gpu, step, monkeypatch):
+def test_kernels_are_compiled_before_they_are_launched(gpu, step, monkeypatch, caplog):
     with parallel_compilation():
         for rows in (1, 2, 40, 41, 1):
             step(rows)
+    assert not caplog.text
     assert not gpu.launched and gpu.devices == {DEVICE}
     assert knobs.runtime.jit_cache_hook is None
     compiled = []
@@ -89,7 +90,7 @@ def test_kernels_are_compiled_before_they_are_launched(gpu, step, monkeypatch):
     assert gpu.launched == ["fused_row", "shrink_rows", "expand_rows"]
 
 
-def test_a_kernel_that_cannot_be_compiled_is_an_error_when_it_is_launched(gpu, step, monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_is_an_error_when_it_is_launched(gpu, step, monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("ptxas failed")
 
@@ -98,6 +99,7 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_when_it_is_launched(gpu, s
     with parallel_compilation():
         step(1)
     assert not step_cache[0]
+    assert "was not compiled ahead: RuntimeError('ptxas failed')" in caplog.text
     with pytest.raises(RuntimeError, match="ptxas failed"):
         step(1)
     assert not gpu.launched
