@@ -142,7 +142,7 @@ def test_a_process_that_crashes_hangs_or_is_killed_ends_its_stage_alone(tmp_path
         None,
     ]
     assert (tmp_path / "crashing.log").read_text() == "printed by crashing\n"
-    # Nor do the processes that it has started go on.
+    # The processes that it has started end with it.
     child = int((tmp_path / "hanging.log").read_text().split()[-1])
     deadline = time.monotonic() + 10
     while is_running(child):
