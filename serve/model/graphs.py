@@ -286,7 +286,7 @@ class CudaCapture:
     def _leave_pool(self) -> None:
         """Takes another pool after a capture that failed.
 
-        Where CUDA can't end a capture, torch goes on to allocate for it (2.13, `CUDAGraph::capture_end`) and refuses
+        Where CUDA can't end a capture, torch continues to allocate for it (2.13, `CUDAGraph::capture_end`) and refuses
         all later captures into its pool.
         """
         with suppress(RuntimeError):  # torch has ended it
