@@ -166,22 +166,27 @@ def nf4_source(base: Base, device: torch.device, cache: Path | None) -> Nf4Sourc
 def _quantize_linears(
     model: PreTrainedModel, base: Base, device: torch.device, packed: bool, cache: Path | None
 ) -> None:
-    """Quantizes the linears except the head on the device, one by one."""
+    """Quantizes the linears except the head on the device, one by one.
+
+    GPT-2's Conv1D has a transposed weight, which is never packed: it gets the values.
+    """
     from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
 
     from loramill.kernels.quantization import dequantize, nf4_linear, quantize, unpack_nf4
 
     to_nf4, head = nf4_source(base, device, cache), model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if not isinstance(module, Linear) or module is head:
+        if not isinstance(module, Linear | Conv1D) or module is head:
             continue
-        read, dtype = partial(module.weight.data.to, device), module.weight.dtype
-        if base.quantization != "nf4":
-            module.weight.data = dequantize(quantize(read(), "int8"), dtype)
-        elif packed:
+        transposed, weight = isinstance(module, Conv1D), module.weight.data
+        read = partial((weight.T if transposed else weight).to, device)
+        if base.quantization == "nf4" and packed and not transposed:
             model.set_submodule(name, nf4_linear(module, to_nf4(name, read)))
-        else:
-            module.weight.data = dequantize(unpack_nf4(to_nf4(name, read)), dtype)
+            continue
+        rounded = unpack_nf4(to_nf4(name, read)) if base.quantization == "nf4" else quantize(read(), "int8")
+        values = dequantize(rounded, weight.dtype)
+        module.weight.data = values.T.contiguous() if transposed else values
 
 
 def base_modules(base: Base) -> BaseModules:

@@ -490,3 +490,25 @@ def test_a_quantized_base_has_equal_values_in_training_and_serving(base, quantiz
         assert torch.equal(trained.get_submodule(name).weight, served.target_weight(name))
         assert not torch.equal(trained.get_submodule(name).weight, plain.get_submodule(name).weight)
     assert torch.equal(trained.get_output_embeddings().weight, plain.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_transposed_linears_have_equal_values_in_training_and_serving(folder, tmp_path, quantization, packed):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from loramill.serve.model import load_model
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_embd=64, n_head=2, vocab_size=64, n_positions=64, architectures=["GPT2LMHeadModel"]
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    base = find_base(str(folder), tmp_path / "cache", quantization)
+    trained = load_for_training(base, torch.float32, packed=packed)
+    served = load_model(base.folder, dtype=torch.float32, quantization=quantization)
+    plain = load_for_training(replace(base, quantization="none"), torch.float32)
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj"):
+        weight = trained.get_submodule(name).weight
+        torch.testing.assert_close(weight.T, served.target_weight(name), rtol=0, atol=0)
+        assert not torch.equal(weight, plain.get_submodule(name).weight)
