@@ -56,6 +56,7 @@ def strong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_event_is_covered_and_nothing_is_left_behind(base, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(soaks, "_REPORT_SECONDS", 0.5)
+    monkeypatch.setattr(soaks, "_CHECK_SECONDS", 0.05)
     lines: list[str] = []
     values: Counter[str] = Counter()
     # What a short soak covers is random, and less on a busy machine.

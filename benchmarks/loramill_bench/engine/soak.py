@@ -113,7 +113,7 @@ class _Run:
         self._tracker = AnswerTracker()
         self._clients = Clients(engine, self._tracker, generator, canaries)
         self._report = report
-        self._peak_by_third = [0, 0, 0]
+        self._resident_bytes: list[int] = []
         self._idle_seconds = 0.0
         self._steps_with_waiting = 0
 
@@ -122,13 +122,13 @@ class _Run:
         with ThreadPoolExecutor(1, thread_name_prefix="soak-clients") as threads:
             clients = threads.submit(self._clients.run, seconds)
             try:
-                self._serve(clients, began, seconds)
+                self._serve(clients, began)
             finally:
                 self._clients.stop()
         self._check()
         return self._results(time.monotonic() - began)
 
-    def _serve(self, clients: Future[None], began: float, seconds: float) -> None:
+    def _serve(self, clients: Future[None], began: float) -> None:
         delivered = checked = reported = began
         while not clients.done() or len(self._tracker):
             if clients.done():
@@ -140,8 +140,7 @@ class _Run:
             if now > checked + _CHECK_SECONDS:
                 checked = now
                 self._check()
-                third = min(2, int(3 * (now - began) / seconds))
-                self._peak_by_third[third] = max(self._peak_by_third[third], memory.resident_bytes())
+                self._resident_bytes.append(memory.resident_bytes())
             if now > reported + _REPORT_SECONDS:
                 reported = now
                 self._report(self._progress(now - began))
@@ -190,8 +189,10 @@ class _Run:
         results = [Result(f"soak: {name}", count, "in all") for name, count in counts.items()]
         results.append(Result("soak: time", seconds, "s"))
         results.append(Result("soak: idle time", self._idle_seconds / seconds, "of the time"))
-        _, second, last = self._peak_by_third
-        if second and last:
+        # A third of the checks rather than of the time: a busy machine may make none in a third of a short run.
+        resident, third = self._resident_bytes, len(self._resident_bytes) // 3
+        if third and all(resident):
+            second, last = max(resident[third:-third]), max(resident[-third:])
             results.append(Result("soak: memory", last / 2**20, "MiB, maximum of the last third"))
             results.append(Result("soak: memory growth", last / second, "of the second third's", _MAX_GROWTH))
         return results
