@@ -50,7 +50,7 @@ def layer_forwards(model: nn.Module, device: torch.device) -> Iterator[tuple[nn.
     elif (problem := triton_problem(device)) is None:
         yield from fused_forwards(model)
     else:
-        _log_once(f"training computes norms, MLPs and rotary positions by transformers, since Triton fails: {problem}")
+        _log_once(f"Triton fails, so training uses transformers' norms, MLPs and rotary positions: {problem}")
 
 
 @lru_cache
@@ -83,7 +83,7 @@ def fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
         if forward is not None:
             yield module, forward
         elif _is_frozen(module):
-            _log_once(f"training computes {name} by transformers: there is no fused operation for it")
+            _log_once(f"no fused kernel for {name}: training uses transformers' own")
 
 
 def _fused_norm(module: Any) -> Forward | None:
