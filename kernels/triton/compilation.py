@@ -8,14 +8,16 @@ and each compilation has a context of its own (`triton.AsyncCompileMode` relies 
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from triton import knobs
+from triton import JITFunction, knobs
 from triton.runtime import driver
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ def parallel_compilation() -> Iterator[None]:
         return True
 
     before = knobs.runtime.jit_cache_hook
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="kernel-compiler") as pool:
+    threads = min(16, os.cpu_count() or 1)
+    with _one_parse_at_a_time(), ThreadPoolExecutor(threads, thread_name_prefix="kernel-compiler") as pool:
         knobs.runtime.jit_cache_hook = start
         try:
             yield
@@ -48,6 +51,27 @@ def parallel_compilation() -> Iterator[None]:
     for (kernel, _), compilation in pending.items():
         if (error := compilation.exception()) is not None:
             log.warning("The kernel %s was not compiled ahead: %r.", kernel, error)
+
+
+@contextmanager
+def _one_parse_at_a_time() -> Iterator[None]:
+    """Makes the threads take turns in parsing kernels, 1 ms each.
+
+    CPython 3.11 keeps the depth of a tree that is being built per interpreter. A garbage collection within `ast.parse`
+    runs Python code and so may switch threads; if the other thread parses too, one of them raises SystemError.
+    """
+    parse, turn = JITFunction.parse, threading.Lock()
+
+    def parse_alone(kernel: JITFunction[Any]) -> ast.Module:
+        with turn:
+            tree: ast.Module = parse(kernel)
+            return tree
+
+    JITFunction.parse = parse_alone
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
 
 
 def _compile(kernel: Any, specialization: str, device: int) -> None:

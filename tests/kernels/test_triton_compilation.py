@@ -1,6 +1,10 @@
 """Kernels are compiled in parallel and without a launch, here for sm_90 by a driver without a GPU."""
 
+import ast
+import gc
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +92,30 @@ def test_kernels_are_compiled_before_they_are_launched(gpu, step, monkeypatch, c
         step(rows)
     assert not compiled
     assert gpu.launched == ["fused_row", "shrink_rows", "expand_rows"]
+
+
+@pytest.fixture
+def collections_switch_threads():
+    """Garbage is collected 14 times as often as usual, and each collection lets another thread run."""
+
+    def switch(*_):
+        time.sleep(0)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(switch)
+    gc.set_threshold(50)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(switch)
+
+
+def test_threads_may_parse_kernels_at_the_same_time(collections_switch_threads):
+    def parse(depth):
+        return parse(depth - 1) if depth else ast.dump(kernels.expand_rows.parse())
+
+    with parallel_compilation(), ThreadPoolExecutor(4) as pool:
+        trees = set(pool.map(parse, [0, 20, 40, 60] * 10))
+    assert len(trees) == 1
 
 
 def test_a_kernel_that_cannot_be_compiled_is_an_error_when_it_is_launched(gpu, step, monkeypatch, caplog):
