@@ -13,6 +13,8 @@ import pytest
 
 from loramill.serve.api.middleware import access_log
 
+from ....waiting import eventually
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
@@ -42,6 +44,7 @@ def test_every_request_is_found_by_the_id_of_its_answer(
     ]
     with site.http() as keyless:
         answers += [keyless.get("/v1/models"), keyless.get("/v1/models/lm-abc_DEF-1/x%0Ay")]
+    eventually(lambda: len(lines(folder)) >= len(answers))  # a line follows the last byte of its answer
     found = {line["request"]: line for line in lines(folder)}
     logged = [found[answer.headers["x-request-id"]] for answer in answers]
     assert [(line["tenant"], line["method"], line["path"], line["status"]) for line in logged] == [

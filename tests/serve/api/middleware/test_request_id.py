@@ -17,6 +17,8 @@ from loramill.serve.api.routes import health
 from loramill.serve.protocol import TextChunk, TextRequest
 from loramill.serve.replica.fake import EchoBackend
 
+from ....waiting import eventually
+
 
 class NotReady(EchoBackend):
     """A backend that isn't up."""
@@ -92,6 +94,7 @@ def test_request_ids_differ_and_are_in_the_log(
 ) -> None:
     with caplog.at_level(logging.INFO, "loramill.access"):
         ids = [http.get("/v1/models").headers["x-request-id"] for _ in range(2)]
+        eventually(lambda: len(caplog.records) >= 2)  # a record follows the last byte of its answer
     assert len(set(ids)) == 2
     assert [(record.request, record.tenant, record.status) for record in caplog.records] == [  # type: ignore[attr-defined]
         (ids[0], tenant, 200),
