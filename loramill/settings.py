@@ -228,7 +228,7 @@ class JobSettings(_Section):
     dedicated_tokens: float = Field(
         default=50e6, gt=0, description="Number of training tokens from which a job gets a dedicated trainer."
     )
-    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+    loggers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = Field(
         default=(), description="Where training metrics are written in addition to the database."
     )
 

@@ -1,11 +1,11 @@
-"""Sends a job's metrics to TensorBoard, Weights & Biases or MLflow.
+"""Sends a job's metrics to TensorBoard, Trackio, Weights & Biases or MLflow.
 
     with open_loggers(settings.loggers, run=job.id, spec=spec, folder=logs) as log_progress:
         for progress in train(...):
             log_progress(progress)
 
-The registry keeps the same metrics in any case. A tool that fails is dropped with a line in the log, and the job
-continues: no job is lost because a dashboard is away.
+The registry keeps the same metrics in any case. A tool that fails, also while its run is opened, is dropped with a
+line in the log, and the job continues: no job is lost because a dashboard is away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +23,7 @@ from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)
 
-LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 
 #: Project or experiment of all runs.
 PROJECT = "loramill"
@@ -66,7 +67,8 @@ def open_loggers(
 
     try:
         for name in names:
-            loggers[name] = _OPEN[name](run, spec, folder)
+            with _dropped_on_error(name, loggers):
+                loggers[name] = _OPEN[name](run, spec, folder)
         yield log_progress
     finally:
         for name, logger in list(loggers.items()):
@@ -78,9 +80,11 @@ def open_loggers(
 def _dropped_on_error(name: LoggerName, loggers: dict[LoggerName, Logger]) -> Iterator[None]:
     try:
         yield
+    except SetupError:  # the settings name a tool that is not installed
+        raise
     except Exception:  # the tools raise errors of any kind
         log.exception("%s failed; this job is no longer logged there", name)
-        del loggers[name]
+        loggers.pop(name, None)
 
 
 class _TensorBoard:
@@ -96,6 +100,31 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Trackio:
+    def __init__(self, run: str, spec: JobSpec, folder: Path) -> None:
+        with _requires("trackio"):
+            import trackio
+        # Trackio continues a run by its name, so that the name is the job's ID. `init` ends the run that is current in
+        # its context, which may be that of another job of this process: each run gets a context of its own.
+        self._run: Any = Context().run(
+            trackio.init,
+            project=PROJECT,
+            name=run,
+            group=spec.adapter,
+            config=spec.model_dump(mode="json"),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class _Wandb:
@@ -138,6 +167,7 @@ class _Mlflow:
 
 _OPEN: dict[LoggerName, Callable[[str, JobSpec, Path], Logger]] = {
     "tensorboard": _TensorBoard,
+    "trackio": _Trackio,
     "wandb": _Wandb,
     "mlflow": _Mlflow,
 }

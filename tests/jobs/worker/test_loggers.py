@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -38,6 +40,50 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     assert scalars["trained_tokens"] == [(1, 100), (2, 210)]
     assert {"grad_norm", "train_mean_token_accuracy", "valid_mean_token_accuracy"} <= scalars.keys()
     assert "spec/text_summary" in read.Tags()["tensors"]
+
+
+@pytest.fixture(scope="module")
+def trackio_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that returns the configuration and the entries of a run in Trackio's database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))  # read once, when it is imported
+        storage = pytest.importorskip("trackio.sqlite_storage", reason="an older installation without Trackio")
+    return lambda run: (
+        storage.SQLiteStorage.get_run_config("loramill", run),
+        storage.SQLiteStorage.get_logs("loramill", run),
+    )
+
+
+@pytest.mark.filterwarnings("error")  # Trackio turns its errors into warnings
+def test_trackio_gets_every_metric_without_a_network(
+    tmp_path: Path, trackio_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    connections: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: connections.append(address))
+    log_points(["trackio"], tmp_path)
+    log_points(["trackio"], tmp_path)  # another attempt of the job
+    assert not connections
+    config, entries = trackio_runs("ftjob-1")
+    assert (config["rank"], config["_Group"]) == (4, spec_of().adapter)
+    assert [(entry["step"], entry["train_loss"]) for entry in entries] == [(1, 2.5), (2, 1.5)] * 2
+    assert entries[1]["valid_loss"] == 1.75 and entries[0]["learning_rate"] == 1e-3
+    assert {"grad_norm", "trained_tokens", "train_mean_token_accuracy"} <= entries[0].keys()
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_jobs_of_one_process_are_two_runs_in_trackio(tmp_path: Path, trackio_runs: Any) -> None:
+    with ExitStack() as stack:
+        logs = {
+            run: stack.enter_context(open_loggers(["trackio"], run=run, spec=spec_of(), folder=tmp_path))
+            for run in ("ftjob-2", "ftjob-3")
+        }
+        logs["ftjob-2"](POINTS[0])
+        logs["ftjob-3"](POINTS[1])
+        logs["ftjob-2"](POINTS[1])
+    assert [entry["step"] for entry in trackio_runs("ftjob-2")[1]] == [1, 2]
+    assert [entry["step"] for entry in trackio_runs("ftjob-3")[1]] == [2]
 
 
 class Wandb(ModuleType):
@@ -120,7 +166,7 @@ def test_mlflow_gets_every_metric_in_one_run_per_job(tmp_path: Path, monkeypatch
     assert (2, "valid_loss", 1.75) in kept["metrics"] and (1, "train_loss", 2.5) in kept["metrics"]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for module in (name, "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -133,6 +179,17 @@ def test_a_failing_logger_is_dropped_and_the_job_continues(
 ) -> None:
     wandb = Wandb()
     monkeypatch.setattr(wandb, "log", lambda *_, **__: 1 / 0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log_points(["wandb", "tensorboard"], tmp_path)
+    assert caplog.text.count("wandb failed; this job") == 1
+    assert EventAccumulator(str(tmp_path / "ftjob-1")).Reload().Scalars("train_loss")[1].value == 1.5
+
+
+def test_a_logger_that_can_not_open_its_run_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = Wandb()
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log_points(["wandb", "tensorboard"], tmp_path)
     assert caplog.text.count("wandb failed; this job") == 1
