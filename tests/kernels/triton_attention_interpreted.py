@@ -15,7 +15,7 @@ from loramill.kernels import KVSpan, LayerKV, Pages, torch_backend
 from loramill.kernels.triton import StaticPages, attention
 from loramill_bench.kernels import cuda_attention
 
-from ..triton_interpreter import interpreter_ranges, nan_in_fresh_memory  # noqa: F401
+from ..triton_interpreter import fast_interpreter, interpreter_ranges, nan_in_fresh_memory  # noqa: F401
 
 host = importlib.import_module("loramill.kernels.triton.attention")
 

@@ -15,7 +15,7 @@ from loramill.kernels.backend import HeadNorms
 from loramill.kernels.triton import StaticPages
 from loramill_bench.kernels import cuda_decoder
 
-from ..triton_interpreter import nan_in_fresh_memory  # noqa: F401
+from ..triton_interpreter import fast_interpreter, nan_in_fresh_memory  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 

@@ -9,6 +9,7 @@ from loramill.errors import EngineFault
 from loramill.kernels import Batch, Delta, Site, triton
 from loramill.kernels.adapters.embedding import adapt_embedding
 
+from ..triton_interpreter import fast_interpreter  # noqa: F401
 from .oracle import assert_near, filled_slab, random_delta
 
 host = importlib.import_module("loramill.kernels.triton.embedding")

@@ -21,7 +21,7 @@ from loramill.kernels.adapters.packing import ROWS
 from loramill.kernels.triton import StaticPlan, adapted_linear, layout, lora, pack, plans
 from loramill_bench.kernels import cuda
 
-from ..triton_interpreter import nan_in_fresh_memory  # noqa: F401
+from ..triton_interpreter import fast_interpreter, nan_in_fresh_memory  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 host = importlib.import_module("loramill.kernels.triton.lora")

@@ -19,7 +19,7 @@ from loramill.kernels.quantization import concatenate, pack_nf4, quantize, unpac
 from loramill.serve.model import Chunk, load_decoder, loading
 
 from ..llama import tiny_llama, write_base
-from ..triton_interpreter import interpreter_ranges, nan_in_fresh_memory  # noqa: F401
+from ..triton_interpreter import fast_interpreter, interpreter_ranges, nan_in_fresh_memory  # noqa: F401
 
 quantized = importlib.import_module("loramill.kernels.triton.quantized")
 kernels = importlib.import_module("loramill.kernels.triton.quantized_kernels")

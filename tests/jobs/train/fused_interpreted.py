@@ -26,7 +26,7 @@ from loramill_bench.kernels import cuda_training
 from loramill_bench.kernels.cuda_training import CHECKED, Case
 
 from ...transformers_families import FAMILIES, tiny_family
-from ...triton_interpreter import nan_in_fresh_memory  # noqa: F401
+from ...triton_interpreter import fast_interpreter, nan_in_fresh_memory  # noqa: F401
 from .tiny_training import NOWHERE, spec_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

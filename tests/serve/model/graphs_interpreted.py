@@ -13,7 +13,7 @@ from loramill.kernels import torch_backend, triton
 from loramill.serve.model import load_decoder, loading
 from loramill.serve.model.graphs import GraphedDecoder
 
-from ...triton_interpreter import interpreter_ranges  # noqa: F401
+from ...triton_interpreter import fast_interpreter, interpreter_ranges  # noqa: F401
 from .graphed import CONFIG, Session, write_base
 from .models import random_model
 
