@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loramill.data import chat_template
+from loramill.data.chat_template import dialect
 from loramill.data.encoding import _encode_answer, encode_example, training_problem
 from loramill.data.examples import Example
 from loramill.data.messages import Message
@@ -323,7 +323,7 @@ def test_a_base_that_cannot_train_on_conversations_has_a_reason() -> None:
 )
 def test_an_endless_template_is_stopped(evil: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A twentieth of the bound: two million calls of a macro take 15 seconds.
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 100_000)
+    monkeypatch.setattr(dialect, "MAX_STEPS", 100_000)
     tokenizer = tokenizer_of("{% if messages[0].content == 'evil' %}" + evil + "{% endif %}" + CHATML)
     with pytest.raises(InvalidRequest, match="refuses this"):
         tokenizer.encode_chat([Message(role="user", content="evil")])
