@@ -7,7 +7,7 @@ import logging
 import ray
 
 from loramill.errors import SettingsInvalid, SetupError
-from loramill.local.processes import check_stores, ensure_admin_key, prepare_home
+from loramill.local.preparation import check_stores, ensure_admin_key, prepare_home
 from loramill.pipelines.cluster.deploy import deploy
 from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings

@@ -13,8 +13,9 @@ def doctor(json: JsonFlag = False) -> None:
 
     Exits with 1 if a problem makes loramill unusable.
     """
-    from loramill.local.doctor import collapse_packages, examine
+    from loramill.local.doctor import examine
     from loramill.local.findings import Status
+    from loramill.local.packages import collapse_packages
 
     with make_console(stderr=True).status("Examining this machine…"):
         findings = examine()

@@ -26,8 +26,8 @@ def up(
 
     State of earlier runs is kept. Options override loramill.toml and LORAMILL_* variables.
     """
-    from loramill.local.processes import up as run
-    from loramill.local.processes import up_in_background
+    from loramill.local.up import up as run
+    from loramill.local.up import up_in_background
 
     settings = Settings.load(
         **drop_none({"base": base}),
@@ -40,7 +40,7 @@ def up(
 
 def down() -> None:
     """Stop `loramill up` on this machine. Its data is kept."""
-    from loramill.local.processes import down as stop
+    from loramill.local.up import down as stop
 
     print_message("Stopped." if stop(Settings.load()) else "Nothing was running.")
 

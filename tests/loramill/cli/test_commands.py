@@ -348,7 +348,7 @@ def test_options_of_up_override_settings(monkeypatch: pytest.MonkeyPatch) -> Non
         got.append(settings)
 
     monkeypatch.setenv("LORAMILL_SERVE__THREADS", "3")
-    monkeypatch.setattr("loramill.local.processes.up", up)
+    monkeypatch.setattr("loramill.local.up.up", up)
     ok("up", "--port", "8501", "--base", "elsewhere", "--sessions", "2")
     (settings,) = got
     assert (settings.serve.port, settings.serve.threads) == (8501, 3)

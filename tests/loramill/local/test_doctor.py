@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from loramill.cli import app
 from loramill.errors import BaseUnusable
-from loramill.local import doctor, processes
-from loramill.local.doctor import Finding, Status
+from loramill.local import doctor, packages, probes
+from loramill.local import up as local_up
+from loramill.local.findings import Finding, Status
 from loramill.models import smollm2
 from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs, tenants
@@ -53,8 +54,8 @@ def single_finding(check: Callable[[Settings], Iterable[Finding]], **options: ob
 def test_tested_versions_are_those_that_the_constraints_pin() -> None:
     lines = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pins = {canonicalize_name(name): version for name, version in lines}
-    wanted = [canonicalize_name(each.name) for each in doctor.requirements("all")]
-    assert {name: pins.get(name) for name in wanted} == doctor.TESTED_VERSIONS
+    wanted = [canonicalize_name(each.name) for each in packages.requirements("all")]
+    assert {name: pins.get(name) for name in wanted} == packages.TESTED_VERSIONS
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_tested_versions_are_those_that_the_constraints_pin() -> None:
     ],
 )
 def test_a_package_is_judged_by_its_version(version: str | None, status: Status, message: str) -> None:
-    finding = doctor.judge_package("ray", ">=2.60,<3", version, "2.60.0")
+    finding = packages.judge_package("ray", ">=2.60,<3", version, "2.60.0")
     assert (finding.what, finding.status) == ("ray", status)
     assert message in finding.found
     assert ("pip install" in finding.fix) == (status is not Status.OK)
@@ -82,15 +83,15 @@ def test_a_missing_package_names_the_extra_that_installs_it(monkeypatch: pytest.
 
     (finding,) = doctor._run_check(check, Settings.load())
     assert (finding.status, finding.fix) == (Status.ERROR, "pip install 'loramill[local]'")
-    assert doctor.judge_package("torch", ">=2", None, None).fix == "pip install 'loramill[local]'"
-    monkeypatch.setattr(doctor, "_RAY", "raise ModuleNotFoundError(\"No module named 'ray'\")")
-    assert single_finding(doctor.ray).fix == "pip install 'loramill[local]'"
+    assert packages.judge_package("torch", ">=2", None, None).fix == "pip install 'loramill[local]'"
+    monkeypatch.setattr(probes, "_RAY", "raise ModuleNotFoundError(\"No module named 'ray'\")")
+    assert single_finding(probes.ray).fix == "pip install 'loramill[local]'"
 
 
 def test_an_installation_of_the_client_names_the_extra_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_client = {each.name for each in doctor.requirements("")}
-    installed = doctor._installed_version
-    monkeypatch.setattr(doctor, "_installed_version", lambda name: installed(name) if name in of_client else None)
+    of_client = {each.name for each in packages.requirements("")}
+    installed = packages.installed_version
+    monkeypatch.setattr(packages, "installed_version", lambda name: installed(name) if name in of_client else None)
     found = doctor.examine()
     (problem,) = [each for each in found if each.status is not Status.OK]
     assert (problem.what, problem.fix) == ("extra local", "pip install 'loramill[local]'")
@@ -98,39 +99,39 @@ def test_an_installation_of_the_client_names_the_extra_once(monkeypatch: pytest.
 
 
 def test_this_machine_has_what_loramill_needs() -> None:
-    found = {finding.what: finding for finding in doctor.packages(Settings.load())}
+    found = {finding.what: finding for finding in packages.packages(Settings.load())}
     assert {"loramill", "torch", "ray"} <= set(found)
     assert {finding.status for finding in found.values()} <= {Status.OK, Status.WARN}
 
 
 def test_the_processor_is_reported() -> None:
     flags = frozenset({"avx2", "avx512_bf16"})
-    assert doctor.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512-BF16; 2 cores, torch uses 1 thread"
-    assert doctor.cpu("DEFAULT", frozenset(), 2, 1).status is not Status.ERROR
+    assert probes.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512-BF16; 2 cores, torch uses 1 thread"
+    assert probes.cpu("DEFAULT", frozenset(), 2, 1).status is not Status.ERROR
 
 
 def test_a_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_TORCH", "raise ImportError('libtorch.so: no such file')")
-    assert "libtorch.so" in single_finding(doctor.hardware).found
-    monkeypatch.setattr(doctor, "_TORCH", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
-    finding = single_finding(doctor.hardware)
+    monkeypatch.setattr(probes, "_TORCH", "raise ImportError('libtorch.so: no such file')")
+    assert "libtorch.so" in single_finding(probes.hardware).found
+    monkeypatch.setattr(probes, "_TORCH", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    finding = single_finding(probes.hardware)
     assert finding.status is Status.ERROR and "SIGILL" in finding.found
-    monkeypatch.setattr(doctor, "_TORCH", "import time; time.sleep(60)")
-    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.2)
-    assert "does not start" in single_finding(doctor.hardware).found
+    monkeypatch.setattr(probes, "_TORCH", "import time; time.sleep(60)")
+    monkeypatch.setattr(probes, "_PROBE_SECONDS", 0.2)
+    assert "does not start" in single_finding(probes.hardware).found
 
 
 def test_the_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(doctor, "_KERNELS", "import json, sys; print(json.dumps([sys.argv[1], 'some']))")
-        backend, compiler = doctor.kernels(Settings.load(serve={"device": "cuda"}))
+        patch.setattr(probes, "_KERNELS", "import json, sys; print(json.dumps([sys.argv[1], 'some']))")
+        backend, compiler = probes.kernels(Settings.load(serve={"device": "cuda"}))
     assert (backend.status, backend.found, compiler.status) == (Status.OK, "some, on cuda", Status.OK)
     monkeypatch.setenv("LORAMILL_KERNELS", "torch")
-    backend, _ = doctor.kernels(Settings.load(serve={"device": "cpu"}))
+    backend, _ = probes.kernels(Settings.load(serve={"device": "cpu"}))
     assert backend.found == "torch, on cpu"
     monkeypatch.setenv("LORAMILL_KERNELS", "none")
     monkeypatch.setenv("PATH", "")
-    backend, compiler = doctor.kernels(Settings.load())
+    backend, compiler = probes.kernels(Settings.load())
     assert (backend.status, compiler.status) == (Status.ERROR, Status.WARN)
     assert "LORAMILL_KERNELS=none" in backend.found
 
@@ -180,9 +181,9 @@ def test_limits_of_a_bases_chat_template_are_reported(
     up = Settings.load(base=str(folder), cache=tmp_path / "cache", home=tmp_path / "home")
     if status is Status.ERROR:
         with pytest.raises(BaseUnusable, match=message):
-            processes.prepare_base(up, Console(file=printed, width=400))
+            local_up.prepare_base(up, Console(file=printed, width=400))
     else:
-        processes.prepare_base(up, Console(file=printed, width=400))
+        local_up.prepare_base(up, Console(file=printed, width=400))
         assert (message in printed.getvalue()) is (status is Status.WARN)
 
 
@@ -194,7 +195,7 @@ def test_folders_are_checked_but_not_created(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     home, _ = doctor.folders(Settings.load(home=tmp_path / "file/home", cache=tmp_path))
     assert home.status is Status.ERROR and "LORAMILL_HOME" in home.fix
-    monkeypatch.setattr("loramill.local.processes.FREE_BYTES", 1 << 62)
+    monkeypatch.setattr("loramill.local.preparation.FREE_BYTES", 1 << 62)
     home, cache = doctor.folders(Settings.load(home=tmp_path, cache=tmp_path))
     assert (home.status, cache.status) == (Status.ERROR, Status.ERROR) and "LORAMILL_CACHE" in cache.fix
 
@@ -309,7 +310,7 @@ def test_packages_without_problems_are_one_line() -> None:
         doctor.Finding(what="ray", status=doctor.Status.WARN, found="9", fix="pip install ray"),
         doctor.Finding(what="disk", status=doctor.Status.OK, found="much"),
     ]
-    collapsed = doctor.collapse_packages(found)
+    collapsed = packages.collapse_packages(found)
     assert [each.what for each in collapsed] == ["loramill", "packages", "ray", "disk"]
     assert collapsed[1].found.startswith("2 as required")
-    assert doctor.collapse_packages(found[3:]) == found[3:]
+    assert packages.collapse_packages(found[3:]) == found[3:]

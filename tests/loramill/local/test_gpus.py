@@ -11,7 +11,8 @@ from rich.console import Console
 
 from loramill.errors import NotEnoughMemory, SetupError
 from loramill.gpus.machine import Gpu
-from loramill.local import doctor, gpus, processes
+from loramill.local import gpus, probes
+from loramill.local import up as local_up
 from loramill.local.findings import Finding, Status
 from loramill.local.gpus import GpuSetup, check_gpu_memory, gpu_findings, settings_of_pool
 from loramill.models.catalog import Base
@@ -137,10 +138,10 @@ def test_doctor_combines_what_torch_and_the_driver_report(monkeypatch: pytest.Mo
         "cuda": "13.0",
         "gpus": [{"name": "NVIDIA H100", "bytes": 79 << 30, "capability": [9, 0]}],
     }
-    probes = {doctor._TORCH: seen, doctor._BITSANDBYTES: "CUDA binary not found\nand more"}
-    monkeypatch.setattr(doctor, "_probe", lambda code, *arguments: probes[code])
-    monkeypatch.setattr(doctor, "list_gpus", lambda: (H100,))
-    found = {finding.what: finding for finding in doctor.hardware(Settings())}
+    reports = {probes._TORCH: seen, probes._BITSANDBYTES: "CUDA binary not found\nand more"}
+    monkeypatch.setattr(probes, "_probe", lambda code, *arguments: reports[code])
+    monkeypatch.setattr(probes, "list_gpus", lambda: (H100,))
+    found = {finding.what: finding for finding in probes.hardware(Settings())}
     assert found["gpu"].found == "NVIDIA H100 (79 GiB), CUDA 13.0"
     assert found["bitsandbytes on the gpu"].found == "CUDA binary not found"
     assert "up to 1 training session 50%" in found["gpu shares"].found
@@ -164,25 +165,25 @@ def test_the_base_must_fit_the_shares_of_engine_and_session(base: Base, monkeypa
 def test_up_decides_the_devices_and_prints_the_decision(
     one_gpu: None, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "list_gpus", lambda: (H100,))
+    monkeypatch.setattr(local_up, "list_gpus", lambda: (H100,))
     printed = io.StringIO()
-    decided = processes.place_on_devices(base, Settings(), Console(file=printed, width=400))
+    decided = local_up.place_on_devices(base, Settings(), Console(file=printed, width=400))
     assert (decided.serve.device, decided.serve.gpu_fraction, decided.jobs.use_gpu) == ("cuda", 0.5, True)
     assert printed.getvalue().startswith("NVIDIA H100 (79 GiB): an engine takes 50%")
     other = replace(base, architecture="GPT2LMHeadModel")
-    assert processes.place_on_devices(other, Settings(), Console(quiet=True)).serve.device == "cpu"
-    monkeypatch.setattr(processes, "list_gpus", lambda: (H100.model_copy(update={"free_bytes": 2**29}),))
+    assert local_up.place_on_devices(other, Settings(), Console(quiet=True)).serve.device == "cpu"
+    monkeypatch.setattr(local_up, "list_gpus", lambda: (H100.model_copy(update={"free_bytes": 2**29}),))
     with pytest.raises(NotEnoughMemory, match="end other programs"):
-        processes.place_on_devices(base, Settings(), Console(quiet=True))
+        local_up.place_on_devices(base, Settings(), Console(quiet=True))
 
 
 def test_up_prints_nothing_without_a_gpu(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "list_gpus", lambda: ())
+    monkeypatch.setattr(local_up, "list_gpus", lambda: ())
     printed = io.StringIO()
-    decided = processes.place_on_devices(base, Settings(), Console(file=printed))
+    decided = local_up.place_on_devices(base, Settings(), Console(file=printed))
     assert (decided.serve.device, decided.jobs.use_gpu, printed.getvalue()) == ("cpu", False, "")
     with pytest.raises(SetupError, match="none on this machine"):
-        processes.place_on_devices(base, Settings(serve={"device": "cuda"}), Console(file=printed))
+        local_up.place_on_devices(base, Settings(serve={"device": "cuda"}), Console(file=printed))
 
 
 def test_jobs_are_sized_for_this_machine_unless_others_train(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

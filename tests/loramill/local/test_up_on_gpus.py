@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from loramill.cli import app
 from loramill.jobs.ray import launch, lean_trainer
-from loramill.local import doctor, gpus, processes
+from loramill.local import gpus, probes
+from loramill.local import up as local_up
 from loramill.models.catalog import Base
 from loramill.serve import deployments
 from loramill.settings import Settings
@@ -67,7 +68,7 @@ def decided(base: Base, tmp_path: Path, **options: object) -> tuple[Settings, st
     """The settings after `up` has placed everything on devices, and what it printed."""
     printed = io.StringIO()
     settings = Settings.model_validate({"home": tmp_path / "home", "base": str(base.folder), **options})
-    placed = processes.place_on_devices(base, settings, Console(file=printed, width=400))
+    placed = local_up.place_on_devices(base, settings, Console(file=printed, width=400))
     return placed, printed.getvalue()
 
 
@@ -143,8 +144,8 @@ def test_doctor_shows_how_the_gpu_will_be_shared(machine, base, monkeypatch) -> 
         "cuda": "13.0",
         "gpus": [{"name": "NVIDIA H100", "bytes": 79 << 30, "capability": [9, 0]}],
     }
-    monkeypatch.setattr(doctor, "_probe", lambda code, *arguments: seen if code == doctor._TORCH else None)
-    found = {finding.what: finding for finding in doctor.hardware(Settings(base=str(base.folder)))}
+    monkeypatch.setattr(probes, "_probe", lambda code, *arguments: seen if code == probes._TORCH else None)
+    found = {finding.what: finding for finding in probes.hardware(Settings(base=str(base.folder)))}
     assert found["gpu driver"].found == "580.82.07, for torch's CUDA 13.0"
     assert "an engine takes 50%" in found["gpu shares"].found
     assert "KV cache of" in found["gpu shares"].found

@@ -20,7 +20,8 @@ import pytest
 from rich.console import Console
 
 from loramill.errors import Conflict, DiskFull, NotEnoughMemory, SetupError
-from loramill.local import processes
+from loramill.local import cluster_process, preparation
+from loramill.local import up as local_up
 from loramill.local.machine import MachineMemory
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.gateway import openai_client
@@ -89,7 +90,7 @@ def test_the_error_is_reported_with_detach_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     message = one_sentence(up(tmp_path / "home", "--detach", LORAMILL_BASE=str(tmp_path / "model")))
     assert "config.json" in message
-    assert processes.down(Settings.load(home=tmp_path / "home")) is False
+    assert local_up.down(Settings.load(home=tmp_path / "home")) is False
 
 
 def test_an_unknown_setting(tmp_path: Path) -> None:
@@ -98,20 +99,20 @@ def test_an_unknown_setting(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "FREE_BYTES", 1 << 62)
+    monkeypatch.setattr(preparation, "FREE_BYTES", 1 << 62)
     with pytest.raises(DiskFull, match="MiB free"):
-        processes.prepare_home(tmp_path / "home")
+        preparation.prepare_home(tmp_path / "home")
 
 
 def test_a_home_that_is_in_use(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     with (
-        processes.home_lock(settings),
+        local_up.home_lock(settings),
         pytest.raises(Conflict, match=rf"process {os.getpid()}.*loramill down"),
-        processes.home_lock(settings),
+        local_up.home_lock(settings),
     ):
         pass
-    assert processes.down(settings) is False  # the lock was released with its holder
+    assert local_up.down(settings) is False  # the lock was released with its holder
 
 
 class Gateway(BaseHTTPRequestHandler):
@@ -154,7 +155,7 @@ class Cluster:
 def test_an_unhealthy_engine_ends_the_cluster_but_a_database_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], killed: bool
 ) -> None:
-    monkeypatch.setattr(processes, "UNHEALTHY_SECONDS", 0.0)
+    monkeypatch.setattr(cluster_process, "UNHEALTHY_SECONDS", 0.0)
     monkeypatch.setattr(Gateway, "statuses", statuses)
     monkeypatch.setattr(Gateway, "paths", [])
 
@@ -168,7 +169,7 @@ def test_an_unhealthy_engine_ends_the_cluster_but_a_database_does_not(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         settings = Settings.load(home=tmp_path, serve={"port": server.server_port})
         cluster: Any = Cluster()
-        processes.wait_unhealthy(settings, cluster, SetAfterThreeRequests())
+        cluster_process.wait_unhealthy(settings, cluster, SetAfterThreeRequests())
         server.shutdown()
     assert cluster.killed is killed
 
@@ -183,7 +184,7 @@ def test_an_unusable_store_is_reported_before_anything_starts(tmp_path: Path) ->
 def test_jobs_for_other_bases_are_counted(tmp_path: Path, base: Base) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    assert list(processes.describe_other_bases(settings, base)) == []
+    assert list(preparation.describe_other_bases(settings, base)) == []
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         tenants.create(session, "acme")
@@ -192,32 +193,32 @@ def test_jobs_for_other_bases_are_counted(tmp_path: Path, base: Base) -> None:
             spec = JobSpec(base=fingerprint, adapter="acme/bot", train=train, steps=1, batch_size=1)
             jobs.submit(session, spec, {})
     registry.close()
-    (line,) = processes.describe_other_bases(settings, base)
+    (line,) = preparation.describe_other_bases(settings, base)
     assert line.startswith("2 jobs for other bases than smollm2-135m: queued until")
 
 
 def test_the_admin_key_stays_while_it_is_valid_and_is_replaced_when_it_is_not(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path)
     migrate(settings.database)
-    processes.ensure_admin_key(settings)
+    preparation.ensure_admin_key(settings)
     first = settings.admin_key_file.read_text()
     assert settings.admin_key_file.stat().st_mode & 0o777 == 0o600
-    processes.ensure_admin_key(settings)
+    preparation.ensure_admin_key(settings)
     assert settings.admin_key_file.read_text() == first
     registry = Registry.open(settings.database, settings.artifacts)
     with registry.writing() as session:
         api_keys.revoke(session, api_keys.authenticate(session, first.strip()).id)
-    processes.ensure_admin_key(settings)
+    preparation.ensure_admin_key(settings)
     assert settings.admin_key_file.read_text() != first
 
 
 def test_too_little_memory_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "free_memory", lambda: MachineMemory(2 * 10**9, "this machine"))
-    monkeypatch.setattr(processes, "run_cluster", lambda settings: pytest.fail("it was started"))
+    monkeypatch.setattr(local_up, "free_memory", lambda: MachineMemory(2 * 10**9, "this machine"))
+    monkeypatch.setattr(local_up, "run_cluster", lambda settings: pytest.fail("it was started"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
     with pytest.raises(NotEnoughMemory, match=r"2\.0 GB of memory is free .* needs 2\.6 GB"):
-        processes.up(settings, console=Console(quiet=True))
+        local_up.up(settings, console=Console(quiet=True))
 
 
 #: What the script of a failed cluster does after its error; its standard input is closed to stop it.
@@ -240,21 +241,21 @@ logging.getLogger("loramill.cluster").error("noise of the end")
 print("more noise", flush=True)
 {ending}
 """
-    monkeypatch.setattr(processes, "CLUSTER", ("-c", script))
-    monkeypatch.setattr(processes, "ERROR_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(cluster_process, "CLUSTER", ("-c", script))
+    monkeypatch.setattr(cluster_process, "ERROR_GRACE_SECONDS", 0.1)
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
-    processes.prepare_home(settings.home)
+    preparation.prepare_home(settings.home)
     with pytest.raises(SetupError, match=r"did not start: The engine has no weights\. See .*up\.log"):
-        processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
+        local_up.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
     assert "noise of the end" in (tmp_path / "logs" / "up.log").read_text()
 
 
 def test_a_cluster_that_ends_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "CLUSTER", ("-c", "raise SystemExit(7)"))
+    monkeypatch.setattr(cluster_process, "CLUSTER", ("-c", "raise SystemExit(7)"))
     settings = Settings.load(home=tmp_path, serve={"port": free_port()})
-    processes.prepare_home(settings.home)
+    preparation.prepare_home(settings.home)
     with pytest.raises(SetupError, match="its process ended with status 7"):
-        processes.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
+        local_up.supervise(settings, Console(quiet=True), threading.Event(), lambda: None)
 
 
 class RecordingHandler(http.server.BaseHTTPRequestHandler):
@@ -294,12 +295,12 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_local_gateway_is_reached_without_a_proxy(
     tmp_path: Path, recording_server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(cluster_process, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
     settings = Settings.load(home=tmp_path, serve={"port": recording_server.server_port}, api_key="lm-x")
-    processes.prepare_home(settings.home)
-    monkeypatch.setattr(processes, "START_SECONDS", 20.0)
+    preparation.prepare_home(settings.home)
+    monkeypatch.setattr(cluster_process, "START_SECONDS", 20.0)
     stop = threading.Event()
-    processes.supervise(settings, Console(quiet=True), stop, stop.set)
+    local_up.supervise(settings, Console(quiet=True), stop, stop.set)
     assert recording_server.paths[0] == "/readyz"  # type: ignore[attr-defined]
 
 
@@ -322,12 +323,12 @@ def test_a_missing_compiler_is_reported_once(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(processes, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
-    monkeypatch.setattr(processes, "check_port", lambda settings: None)  # the gateway already uses the port
+    monkeypatch.setattr(cluster_process, "CLUSTER", ("-c", "import sys; sys.stdin.read()"))
+    monkeypatch.setattr(local_up, "check_port", lambda settings: None)  # the gateway already uses the port
     output, settings = io.StringIO(), Settings.load(home=tmp_path, serve={"port": recording_server.server_port})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        processes.up(settings, console=Console(file=output), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
+        local_up.up(settings, console=Console(file=output), on_ready=lambda: signal.raise_signal(signal.SIGTERM))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
