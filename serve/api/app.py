@@ -25,7 +25,6 @@ from loramill.serve.api.middleware.internal_errors import InternalErrorMiddlewar
 from loramill.serve.api.middleware.request_id import RequestIdMiddleware
 from loramill.serve.api.openapi import DESCRIPTION, TAGS, extend_openapi
 from loramill.serve.api.routes import (
-    adapter_files,
     adapters,
     audit,
     chat,
@@ -51,8 +50,7 @@ ROUTERS = (
     files.router,
     fine_tuning.router,
     job_batches.router,
-    adapters.router,
-    adapter_files.router,
+    *adapters.ROUTERS,
     deletion.router,
     tenants.router,
     usage.router,

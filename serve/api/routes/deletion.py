@@ -16,7 +16,7 @@ from loramill.registry import adapters, deletion, renaming
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.responses import ERRORS, returns
-from loramill.serve.api.routes.adapters import ADAPTER_PATH, adapter_object, authorized_name
+from loramill.serve.api.routes.adapters.common import ADAPTER_PATH, adapter_object, authorized_name
 from loramill.serve.api.routes.audit import record_change
 from loramill.serve.api.schemas.adapters import (
     Adapter,

@@ -29,7 +29,7 @@ from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.submission.dataset_checks import DATA_FILE
 from loramill.types import JobSpec, VersionRecord
 
-from .routes.test_adapter_imports import form
+from .routes.adapters.test_adapter_imports import form
 
 Json = dict[str, Any]
 

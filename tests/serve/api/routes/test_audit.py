@@ -15,7 +15,7 @@ from loramill.registry import api_keys, audit, jobs
 from loramill.types import AuditRecord
 
 from ....waiting import eventually
-from .test_adapter_imports import form
+from .adapters.test_adapter_imports import form
 
 HELLO: Any = [{"role": "user", "content": "a word that must not be logged"}]
 

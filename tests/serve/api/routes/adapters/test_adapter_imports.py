@@ -20,7 +20,7 @@ from loramill.models.catalog import base_modules
 from loramill.registry import tenants
 from loramill.types import Limits
 
-from ..conftest import CONFIG as CONFIG_OF_BASE
+from ...conftest import CONFIG as CONFIG_OF_BASE
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
 
