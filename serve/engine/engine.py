@@ -10,47 +10,25 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-import torch
-
-from loramill.errors import AdapterInvalid, DeadlineExceeded, EngineFault, LoramillError, Unavailable
-from loramill.kernels import Batch, Slot
+from loramill.errors import DeadlineExceeded, EngineFault, LoramillError, Unavailable
 from loramill.kernels.device import free_cached_memory
-from loramill.kernels.memory import to_device
 from loramill.serve.engine.adapters.manager import AdapterManager
 from loramill.serve.engine.adapters.residency import Residency
-from loramill.serve.engine.ahead import AheadPass, PendingTokens
 from loramill.serve.engine.failures import FailureKind, ModelFailure, recover_from_out_of_memory
+from loramill.serve.engine.model_runner import ModelRunner, NextToken
 from loramill.serve.engine.request import RequestState
 from loramill.serve.engine.request_table import RequestTable
-from loramill.serve.engine.sampling.device_sampler import DeviceSampler
-from loramill.serve.engine.sampling.logprobs import token_logprobs
-from loramill.serve.engine.sampling.sampler import Sampler, sample
+from loramill.serve.engine.sampling.sampler import Sampler
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler, StepPlan
 from loramill.serve.engine.scheduling.sequence import RunningSequence
 from loramill.serve.engine.stats import Statistics
 from loramill.serve.engine.step_batch import StepBatch
-from loramill.serve.engine.types import (
-    AdapterSource,
-    EngineConfig,
-    EngineStats,
-    FinishReason,
-    Output,
-    Request,
-    TokenLogprobs,
-)
+from loramill.serve.engine.types import AdapterSource, EngineConfig, EngineStats, FinishReason, Output, Request
 from loramill.serve.engine.validation import answer_limit
-from loramill.serve.engine.warmup import DEFAULT_RANK, warm_up, warm_up_sampling
-from loramill.serve.model import Chunk, Model
+from loramill.serve.engine.warmup import DEFAULT_RANK
+from loramill.serve.model import Model
 
 log = logging.getLogger(__name__)
-
-
-#: An answer's next token (None: it has no valid one) and its log probabilities, if they were requested.
-_SampledToken = tuple[int | None, tuple[TokenLogprobs, ...]]
-
-#: In place of tokens that are still on the device.
-_UNREAD = (0,)
 
 
 class Engine:
@@ -71,19 +49,13 @@ class Engine:
         self._outputs: list[Output] = []
         self._device_lost = False
         self._init_state()
-        self._device = self._cache[0].keys.device
+        self._device = self._runner.device
         self._last_stats = self._collect_stats()
 
     def _init_state(self) -> None:
         c = self._config
-        # Made for the first logits of a model that is asynchronous.
-        self._device_sampler: DeviceSampler | None = None
-        self._ahead: AheadPass | None = None
-        # The slots and the batch of the last pass ahead; the next one mostly has the same rows.
-        self._ahead_slots: list[Slot | None] = []
-        self._ahead_batch = Batch.of([])
         blocks = c.kv_tokens // c.block_size
-        self._cache = self._model.new_cache(blocks, c.block_size)
+        cache = self._model.new_cache(blocks, c.block_size)
         self._residency = Residency(c.adapter_slots, c.slot_patience_steps)
         self._adapters = AdapterManager(
             self._model, self._source, c, self._residency, self._requests.wake, self._statistics.load_times
@@ -96,6 +68,7 @@ class Engine:
             rank_budget=c.rank_budget,
             rank_of=self._adapters.rank,
         )
+        self._runner = ModelRunner(self._model, cache, self._adapters, self._scheduler)
 
     def warm_up(self, ranks: Sequence[int] = (DEFAULT_RANK,)) -> None:
         """Runs the model's first steps, which are slow, before the first request; to be called before `step`.
@@ -104,10 +77,7 @@ class Engine:
             ranks: The ranks of adapters to expect, for which a GPU's kernels are compiled and its graphs captured.
         """
         with self._step_lock:
-            warm_up(self._model, self._cache, self._adapters.slab, self._config, ranks)
-            if self._model.asynchronous:
-                self._device_sampler = DeviceSampler(self._model.vocabulary, self._device)
-                warm_up_sampling(self._device_sampler, self._config.max_sequences, self._model.vocabulary, self._device)
+            self._runner.warm_up(self._config, ranks)
             self._adapters.wait_until_prepared()
 
     def submit(self, request: Request) -> None:
@@ -287,88 +257,21 @@ class Engine:
     def _attempt(self, batch: StepBatch) -> ModelFailure | None:
         """Runs the batch and puts out its tokens, unless the model or the sampling fails."""
         try:
-            logits = self._run(batch)
-            tokens = self._sample(batch, logits)
+            tokens = self._runner.run(batch)
         except Exception as error:
             log.exception("the model failed", extra={"requests": [state.request.id for state in batch.states]})
-            self._ahead = None  # its positions follow tokens that were not put out
             return ModelFailure.of(error, self._device)
         self._emit(batch, tokens)
         return None
 
-    def _run(self, batch: StepBatch) -> torch.Tensor:
-        """Runs the model; returns float32 logits [sum of `logits_to_keep`, vocabulary]."""
-        ahead, self._ahead = self._ahead, None
-        steps = zip(batch.states, batch.chunks, batch.logits_to_keep, strict=True)
-        if ahead is None:
-            return self._forward(steps)
-        rows = [ahead.row(chunk, state.sequence) for state, chunk in zip(batch.states, batch.chunks, strict=True)]
-        rest = [step for step, row in zip(steps, rows, strict=True) if row is None] if None in rows else []
-        if len(rest) == len(rows):
-            return self._forward(rest)
-        return ahead.merge(rows, batch.logits_to_keep, self._forward(rest) if rest else None)
-
-    def _forward(self, steps: Iterable[tuple[RequestState, ScheduledChunk, int]]) -> torch.Tensor:
-        chunks, runs = [], []
-        for state, chunk, keep in steps:
-            tokens = state.sequence.tokens[chunk.start : chunk.start + chunk.count]
-            chunks.append(Chunk(tokens, chunk.start, state.sequence.block_table, keep))
-            runs.append((self._adapters.slot(state.version), chunk.count))
-        return self._model.forward(chunks, self._cache, self._adapters.slab, Batch.of(runs))
-
-    def _run_ahead(self, batch: StepBatch, tokens: torch.Tensor) -> None:
-        """Launches the next decode of the answers that get these tokens, int64 [rows], which are still on the device.
-
-        Only if all answers decode next and none waits, since a prompt that starts costs a pass of its own then. Only if
-        no log probabilities are read, for they would wait for the pass.
-        """
-        if self._scheduler.waiting or len(batch.sampled) < len(self._scheduler.running):
-            return
-        if any(state.request.sampling_params.logprobs is not None for state in batch.sampled):
-            return
-        states = [state for state in batch.sampled if not state.is_full_with_next]
-        sequences = [state.sequence for state in states]
-        if not states or not self._scheduler.allocate_ahead(sequences):
-            return
-        chunks = [Chunk(_UNREAD, len(s.tokens), s.block_table, 1) for s in sequences]
-        slots = [self._adapters.slot(state.version) for state in states]
-        if slots != self._ahead_slots:
-            self._ahead_slots, self._ahead_batch = slots, Batch.of((slot, 1) for slot in slots)
-        if len(states) < len(tokens):
-            tokens = _rows(tokens, [row for row, s in enumerate(batch.sampled) if not s.is_full_with_next])
-        # An answer without a valid token ends.
-        logits = self._model.forward(chunks, self._cache, self._adapters.slab, self._ahead_batch, tokens.clamp(min=0))
-        self._ahead = AheadPass({s.id: (row, chunks[row]) for row, s in enumerate(sequences)}, logits)
-
-    def _sample(self, batch: StepBatch, logits: torch.Tensor) -> list[_SampledToken]:
-        """Samples a token for each of `batch.sampled`, and keeps the log probabilities of echoed prompts."""
-        ends = list(itertools.accumulate(batch.logits_to_keep))
-        last = logits
-        if len(batch.sampled) < len(logits):
-            last = _rows(logits, [end - 1 for end, chunk in zip(ends, batch.chunks, strict=True) if chunk.sampled])
-        tokens = self._sample_tokens(batch, last)
-        logprobs = _logprobs(batch.sampled, tokens, last)
-        for chunk, state, end in zip(batch.chunks, batch.states, ends, strict=True):
-            if state.echo_pending:
-                state.add_prompt_logprobs(chunk, logits, end)
-        return list(zip(tokens, logprobs, strict=True))
-
-    def _sample_tokens(self, batch: StepBatch, logits: torch.Tensor) -> list[int | None]:
-        samplers = [state.sampler for state in batch.sampled]
-        if not self._model.asynchronous:
-            return sample(logits, samplers)
-        if self._device_sampler is None:
-            self._device_sampler = DeviceSampler(self._model.vocabulary, logits.device)
-        tokens = self._device_sampler.sample(logits, samplers)
-        pending = PendingTokens(tokens)
-        self._run_ahead(batch, tokens)
-        # Here the host waits for the device, once per step.
-        return pending.read()
-
-    def _emit(self, batch: StepBatch, tokens: Sequence[_SampledToken]) -> None:
+    def _emit(self, batch: StepBatch, tokens: Sequence[NextToken]) -> None:
         """Records the step and puts out the sampled tokens."""
         self._scheduler.commit(batch.plan)
-        self._outputs += map(self._next_output, batch.sampled, tokens)
+        for state, (token, logprobs) in zip(batch.sampled, tokens, strict=True):
+            output = state.add(token, logprobs)
+            if output.finish_reason is not None:
+                self._remove(state)
+            self._outputs.append(output)
 
     def _reduced(self, batch: StepBatch, first: bool) -> StepBatch:
         """The part of a batch to retry after memory ran out; ends an answer if it must."""
@@ -392,39 +295,23 @@ class Engine:
         self._requests.drain_inbox()
         self._adapters.close(wait=False)
         error = Unavailable(f"The GPU of this replica failed, and the replica is being replaced: {failure.message}.")
-        self._outputs += (_failed(state, error) for state in self._requests.remove_drained())
-
-    def _next_output(self, state: RequestState, sampled: _SampledToken) -> Output:
-        token, logprobs = sampled
-        if state.max_tokens == 0:
-            return self._finish(state, state.output((), FinishReason.LENGTH))
-        if token is None or state.sampler.error is not None:
-            return self._finish(state, _failed(state, state.sampler.error or _not_finite(state)))
-        if token in state.request.sampling_params.stop_ids:
-            return self._finish(state, state.output((), FinishReason.STOP))
-        state.append(token)
-        if state.sampler.finished:
-            return self._finish(state, state.output((token,), FinishReason.STOP, logprobs))
-        if state.is_full:
-            return self._finish(state, state.output((token,), FinishReason.LENGTH, logprobs))
-        return state.output((token,), None, logprobs)
+        self._outputs += (state.end(FinishReason.ERROR, error) for state in self._requests.remove_drained())
 
     def _end(self, ids: Iterable[int], reason: FinishReason, error: LoramillError | None = None) -> None:
         """Ends answers without a further token."""
         for id_ in ids:
             state = self._requests[id_]
-            output = Output(state.request.id, (), reason, error, index=state.index)
-            self._outputs.append(self._finish(state, output))
+            self._remove(state)
+            self._outputs.append(state.end(reason, error))
 
-    def _finish(self, state: RequestState, output: Output) -> Output:
-        """Removes an answer that has its last output, which is returned."""
+    def _remove(self, state: RequestState) -> None:
+        """Removes an answer that has its last output."""
         sequence = state.sequence
         if self._scheduler.is_running(sequence):
             self._residency.end_use(sequence.version)
         self._residency.release(sequence.version)
         self._scheduler.remove(sequence.id)
         self._requests.remove(state)
-        return output
 
     def _reset_after_fault(self, fault: EngineFault) -> None:
         """Ends all answers and starts again with new state: the old state may be half written."""
@@ -434,13 +321,13 @@ class Engine:
         self._statistics.carry_over(self._scheduler, self._adapters)
         # A GPU may have no room for two caches and two slabs.
         self._adapters.slab.close()
-        del self._cache, self._scheduler, self._residency, self._adapters
+        del self._runner, self._scheduler, self._residency, self._adapters
         try:
             self._init_state()
         except Exception:
             self._requests.close()
             raise
-        self._outputs += (_failed(state, fault) for state in ended)
+        self._outputs += (state.end(FinishReason.ERROR, fault) for state in ended)
 
     def _collect_stats(self) -> EngineStats:
         return self._statistics.snapshot(self._scheduler, self._residency, self._adapters, self._model.failed_captures)
@@ -448,37 +335,6 @@ class Engine:
 
 def _is_decode(chunk: ScheduledChunk) -> bool:
     return chunk.count == 1 and chunk.sampled
-
-
-def _logprobs(
-    states: Sequence[RequestState], tokens: Sequence[int | None], logits: torch.Tensor
-) -> list[tuple[TokenLogprobs, ...]]:
-    """The log probabilities of each sampled token: one, or none if they were not requested."""
-    requested = [
-        (row, token, state.request.sampling_params.logprobs)
-        for row, (state, token) in enumerate(zip(states, tokens, strict=True))
-        if state.request.sampling_params.logprobs is not None and token is not None
-    ]
-    logprobs: list[tuple[TokenLogprobs, ...]] = [()] * len(states)
-    if requested:
-        rows, chosen, tops = zip(*requested, strict=True)
-        for row, entry in zip(rows, token_logprobs(_rows(logits, rows), chosen, tops), strict=True):
-            logprobs[row] = (entry,)
-    return logprobs
-
-
-def _rows(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    return logits[to_device(np.array(rows, np.int64), logits.device)]
-
-
-def _failed(state: RequestState, error: LoramillError) -> Output:
-    return Output(state.request.id, (), FinishReason.ERROR, error, index=state.index)
-
-
-def _not_finite(state: RequestState) -> LoramillError:
-    if state.version is None:
-        return EngineFault("The base's logits are not finite.")
-    return AdapterInvalid(f"Version {state.version} produces logits that are not finite: its weights are broken.")
 
 
 def _too_late(state: RequestState) -> LoramillError:

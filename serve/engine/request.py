@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loramill.errors import AdapterInvalid, EngineFault, LoramillError
 from loramill.serve.engine.sampling.logprobs import token_logprobs
 from loramill.serve.engine.sampling.sampler import Sampler
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk
@@ -93,10 +94,30 @@ class RequestState:
             # An answer that was preempted starts again.
             self.prompt_logprobs[chunk.start :] = token_logprobs(rows, targets, [top] * len(targets))
 
-    def append(self, token: int) -> None:
-        """Appends a sampled token."""
+    def add(self, token: int | None, logprobs: tuple[TokenLogprobs, ...]) -> Output:
+        """Adds a sampled token; returns its output, which is the last one if it has a finish reason.
+
+        Args:
+            token: The token; None: there is no valid one.
+            logprobs: Its log probabilities, if they were requested.
+        """
+        if self.max_tokens == 0:
+            return self.output((), FinishReason.LENGTH)
+        if token is None or self.sampler.error is not None:
+            return self.end(FinishReason.ERROR, self.sampler.error or self._not_finite())
+        if token in self.request.sampling_params.stop_ids:
+            return self.output((), FinishReason.STOP)
         self.sequence.tokens.append(token)
         self.sampler.accept(token)
+        if self.sampler.finished:
+            return self.output((token,), FinishReason.STOP, logprobs)
+        if self.is_full:
+            return self.output((token,), FinishReason.LENGTH, logprobs)
+        return self.output((token,), None, logprobs)
+
+    def end(self, reason: FinishReason, error: LoramillError | None = None) -> Output:
+        """Makes the last output of an answer that ends without a further token."""
+        return Output(self.request.id, (), reason, error, index=self.index)
 
     def output(
         self,
@@ -112,3 +133,8 @@ class RequestState:
                 first = TokenLogprobs(self.request.tokens[0], None, ())
                 logprobs = (first, *self.prompt_logprobs, *logprobs)
         return Output(self.request.id, tokens, finish_reason, None, logprobs, self.index)
+
+    def _not_finite(self) -> LoramillError:
+        if self.version is None:
+            return EngineFault("The base's logits are not finite.")
+        return AdapterInvalid(f"Version {self.version} produces logits that are not finite: its weights are broken.")

@@ -6,8 +6,7 @@ from array import array
 import pytest
 import torch
 
-from loramill.serve.engine import Engine, EngineConfig, FinishReason
-from loramill.serve.engine import engine as engine_module
+from loramill.serve.engine import Engine, EngineConfig, FinishReason, model_runner
 from loramill.serve.engine.ahead import AheadPass, PendingTokens
 from loramill.serve.engine.scheduling.scheduler import ScheduledChunk, Scheduler
 from loramill.serve.engine.scheduling.sequence import RunningSequence
@@ -42,7 +41,7 @@ def asynchronous(tiny, monkeypatch):
             model.log.append("read")
             return super().read()
 
-    monkeypatch.setattr(engine_module, "PendingTokens", Logged)
+    monkeypatch.setattr(model_runner, "PendingTokens", Logged)
     return model
 
 
@@ -104,7 +103,7 @@ def test_answers_under_all_loads_are_those_without_it(ahead, asynchronous, promp
         passes += sum(entry[0] == "ahead" for entry in asynchronous.log)
         preemptions += driver.engine.stats.preemptions
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_run_ahead", lambda *_: None)
+            patch.setattr(model_runner.ModelRunner, "_run_ahead", lambda *_: None)
             due, _ = answers(seed)
         assert not any(entry[0] == "ahead" for entry in asynchronous.log)
         assert got == due

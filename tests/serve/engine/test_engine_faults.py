@@ -100,7 +100,7 @@ def test_a_reset_drops_the_old_cache_and_slab_before_it_allocates_new_ones(drive
     engine = driver.engine
     # Work that the side threads have begun holds the slab until it ends.
     engine._adapters._loader._releaser.submit(lambda: None).result()
-    old = [weakref.ref(engine._adapters.slab), *(weakref.ref(kv.keys) for kv in engine._cache)]
+    old = [weakref.ref(engine._adapters.slab), *(weakref.ref(kv.keys) for kv in engine._runner._cache)]
     # On a GPU, its memory is page-locked.
     old.append(weakref.ref(engine._adapters._cache))
     left: list[list[bool]] = []

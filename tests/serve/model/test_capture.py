@@ -133,8 +133,8 @@ def test_the_device_sampler_is_warm(warm, monkeypatch):
     monkeypatch.setattr(DeviceSampler, "sample", logged)
     engine, _, _ = warm(ranks=())
     assert sampled == [(5, 1.0, False), (5, 1.0, False), (5, 0.9, True)]
-    assert engine._device_sampler is not None
-    assert len(engine._device_sampler._shifts._amounts) >= 5
+    assert engine._runner._device_sampler is not None
+    assert len(engine._runner._device_sampler._shifts._amounts) >= 5
 
 
 def test_a_failed_capture_leaves_the_callers_stream_current_and_its_pool_behind(monkeypatch):

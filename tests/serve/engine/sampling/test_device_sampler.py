@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.serve.engine import SamplingParams
-from loramill.serve.engine import engine as engine_module
+from loramill.serve.engine import SamplingParams, model_runner
 from loramill.serve.engine.sampling import device_sampler
 from loramill.serve.engine.sampling.device_sampler import DeviceSampler, best_tokens, tokens_at
 from loramill.serve.engine.sampling.sampler import Sampler, sample
@@ -268,7 +267,7 @@ def test_an_engine_answers_alike_with_either_sampler(drive, prompts, monkeypatch
         made.append(DeviceSampler(logits.shape[1], CPU) if not made else made[0])
         return on_device(logits, samplers, made[0])
 
-    monkeypatch.setattr(engine_module, "sample", sample_on_device)
+    monkeypatch.setattr(model_runner, "sample", sample_on_device)
     assert answers() == due
     assert made
 
