@@ -42,8 +42,8 @@ TILE = 16 << 10
 DEEP = 160 << 10
 #: The window of a layer without one.
 _ALL = 2**31 - 1
-#: Added to first row, position and start of the blocks: a row sees one position more than precede it.
-_ONE_MORE = np.array([0, 1, 0], np.int32)
+#: Added to the columns FIRST, START and BLOCKS: a row attends to its own position and to all before it.
+_WITH_OWN_POSITION = np.array([0, 1, 0], np.int32)
 
 
 def attention(
@@ -228,5 +228,5 @@ def _decodes(pages: Pages, device: torch.device) -> DecodeBatch:
 
 
 def _decode_table(table: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The table of `DecodeBatch`, by the rows of `Pages.table` with a single row each."""
-    return table[:, (FIRST, START, BLOCKS)] + _ONE_MORE
+    """The table of `DecodeBatch` from lines of `Pages.table` that have one row each."""
+    return table[:, (FIRST, START, BLOCKS)] + _WITH_OWN_POSITION

@@ -55,10 +55,11 @@ def parallel_compilation() -> Iterator[None]:
 
 @contextmanager
 def _one_parse_at_a_time() -> Iterator[None]:
-    """Makes the threads take turns in parsing kernels, 1 ms each.
+    """Lets only one thread at a time parse a kernel, which takes 1 ms.
 
-    CPython 3.11 keeps the depth of a tree that is being built per interpreter. A garbage collection within `ast.parse`
-    runs Python code and so may switch threads; if the other thread parses too, one of them raises SystemError.
+    CPython 3.11 has one counter per interpreter for the depth of the tree that `ast.parse` builds. A garbage collection
+    within it runs Python code, so threads may be switched there; if the other thread parses, too, one of them raises
+    SystemError.
     """
     parse, turn = JITFunction.parse, threading.Lock()
 

@@ -168,7 +168,7 @@ def _quantize_linears(
 ) -> None:
     """Quantizes the linears except the head on the device, one by one.
 
-    GPT-2's Conv1D has a transposed weight, which is never packed: it gets the values.
+    GPT-2's Conv1D has a transposed weight. It is not packed, but gets the quantized values.
     """
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
@@ -184,8 +184,8 @@ def _quantize_linears(
         if base.quantization == "nf4" and packed and not transposed:
             model.set_submodule(name, nf4_linear(module, to_nf4(name, read)))
             continue
-        rounded = unpack_nf4(to_nf4(name, read)) if base.quantization == "nf4" else quantize(read(), "int8")
-        values = dequantize(rounded, weight.dtype)
+        quantized = unpack_nf4(to_nf4(name, read)) if base.quantization == "nf4" else quantize(read(), "int8")
+        values = dequantize(quantized, weight.dtype)
         module.weight.data = values.T.contiguous() if transposed else values
 
 

@@ -110,11 +110,11 @@ def collections_switch_threads():
 
 
 def test_threads_may_parse_kernels_at_the_same_time(collections_switch_threads):
-    def parse(depth):
-        return parse(depth - 1) if depth else ast.dump(kernels.expand_rows.parse())
+    def parse_below(frames):
+        return parse_below(frames - 1) if frames else ast.dump(kernels.expand_rows.parse())
 
     with parallel_compilation(), ThreadPoolExecutor(4) as pool:
-        trees = set(pool.map(parse, [0, 20, 40, 60] * 10))
+        trees = set(pool.map(parse_below, [0, 20, 40, 60] * 10))
     assert len(trees) == 1
 
 
