@@ -19,7 +19,7 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuKind:
     """A kind of GPU: its compute capability, and KiB of shared memory per multiprocessor and per program."""
 
     capability: int
@@ -31,12 +31,12 @@ class Gpu:
 GPUS = {
     gpu.capability: gpu
     for gpu in (
-        Gpu(80, 164, 163),
-        Gpu(86, 100, 99),
-        Gpu(89, 100, 99),
-        Gpu(90, 228, 227),
-        Gpu(100, 228, 227),
-        Gpu(120, 100, 99),
+        GpuKind(80, 164, 163),
+        GpuKind(86, 100, 99),
+        GpuKind(89, 100, 99),
+        GpuKind(90, 228, 227),
+        GpuKind(100, 228, 227),
+        GpuKind(120, 100, 99),
     )
 }
 
@@ -107,7 +107,7 @@ class Binary:
     texts: Mapping[str, str] = field(repr=False)
 
 
-def compiled(configuration: Configuration, gpu: Gpu = GPUS[90]) -> Binary:
+def compiled(configuration: Configuration, gpu: GpuKind = GPUS[90]) -> Binary:
     """Compiles a configuration."""
     names = configuration.kernel.arg_names
     source = ASTSource(

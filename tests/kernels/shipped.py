@@ -14,7 +14,7 @@ from loramill.jobs.train.ops import fused, fused_kernels
 from loramill.kernels.memory import ALIGNMENT
 from loramill.kernels.triton import decoder_ops, kernels, plans, quantized_kernels
 
-from .compiling import Configuration, Gpu, configuration
+from .compiling import Configuration, GpuKind, configuration
 
 attention_host = importlib.import_module("loramill.kernels.triton.attention")
 quantized_host = importlib.import_module("loramill.kernels.triton.quantized")
@@ -48,7 +48,7 @@ def lora_configuration(
     )  # fmt: skip
 
 
-def lora(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+def lora(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """Adapters, at dimensions that are multiples of 16 and at odd ones.
 
     Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's. So is int8 at odd
@@ -63,7 +63,7 @@ def lora(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
 
 
 def attend_configuration(
-    gpu: Gpu, dtype: torch.dtype, head_dim: int, group: int, block_size: int = 16, cap: float | None = None
+    gpu: GpuKind, dtype: torch.dtype, head_dim: int, group: int, block_size: int = 16, cap: float | None = None
 ) -> Configuration:
     """Decode attention over one split."""
     memory = gpu.per_multiprocessor << 10
@@ -77,7 +77,7 @@ def attend_configuration(
     )  # fmt: skip
 
 
-def attention(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+def attention(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """Decode attention, also with the cap of Gemma 2, and the sum of its splits."""
     yield attend_configuration(gpu, dtype, 256, 2, cap=50.0)
     for head_dim, group in HEADS:
@@ -98,7 +98,7 @@ WIDTHS = (576, 4096, 8192)
 ALL_HEADS = ((9, 3, 64), (32, 8, 128), (32, 32, 80), (16, 8, 256))
 
 
-def decoder(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+def decoder(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """Norms with and without a residual and an inner norm, gates, and rotations with and without norms of heads."""
     absent = ({"residual": None, "inner": None}, {"inner": None}, {})
     for d, missing in product(WIDTHS, absent):
@@ -124,7 +124,7 @@ def decoder(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
         )  # fmt: skip
 
 
-def quantized(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+def quantized(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """Products with int8 weights, and the rounding of rows to float8 on the GPUs that have it, last."""
     for rows in (1, 32, 64):
         yield configuration(
@@ -142,7 +142,7 @@ def quantized(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
         )  # fmt: skip
 
 
-def training(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
+def training(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """The norms, gated products and rotations of training, forward and backward."""
     for width, plus_one in product((64, *WIDTHS), (False, True)):
         tile, options = fused.norm_tile(width)
@@ -166,7 +166,7 @@ def training(gpu: Gpu, dtype: torch.dtype) -> Iterator[Configuration]:
 
 
 #: By the name that a test shows.
-SHIPPED: dict[str, Callable[[Gpu, torch.dtype], Iterator[Configuration]]] = {
+SHIPPED: dict[str, Callable[[GpuKind, torch.dtype], Iterator[Configuration]]] = {
     "lora": lora,
     "attention": attention,
     "decoder": decoder,

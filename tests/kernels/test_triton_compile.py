@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from loramill.kernels.triton import plans  # noqa: E402
 
-from .compiling import GPUS, NAMES, Binary, Configuration, Gpu, compiled, empty_cache  # noqa: E402, F401
+from .compiling import GPUS, NAMES, Binary, Configuration, GpuKind, compiled, empty_cache  # noqa: E402, F401
 from .shipped import SHIPPED, lora_configuration, lora_launches, quantized_host  # noqa: E402
 
 HOPPER = GPUS[90]
@@ -49,7 +49,7 @@ def grid(family: str, dtype: torch.dtype) -> Compiled:
     return [(each, compiled(each, HOPPER)) for each in SHIPPED[family](HOPPER, dtype)]
 
 
-def extremes(family: str, gpu: Gpu) -> Iterator[Configuration]:
+def extremes(family: str, gpu: GpuKind) -> Iterator[Configuration]:
     """Of each kernel of a family, the configurations that take most registers and most shared memory on sm_90."""
     most: dict[tuple[str, str], tuple[int, torch.dtype, int]] = {}
     for dtype in dtypes(family):
@@ -63,7 +63,7 @@ def extremes(family: str, gpu: Gpu) -> Iterator[Configuration]:
         yield from list(SHIPPED[family](gpu, dtype))[index : index + 1]
 
 
-def faults(pairs: Compiled, gpu: Gpu) -> str:
+def faults(pairs: Compiled, gpu: GpuKind) -> str:
     return "\n".join(
         f"{each.name}: {binary}" for each, binary in pairs if binary.spilled or binary.shared > gpu.per_program << 10
     )

@@ -13,8 +13,8 @@ from loramill.sizing.anatomy import Anatomy, anatomy, llama_of
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU's limits, from its data sheet.
+class GpuLimits:
+    """The limits of a GPU, from its data sheet.
 
     Attributes:
         bandwidth: bytes per second from its memory.
@@ -26,8 +26,8 @@ class Gpu:
     flops: float
 
 
-H100 = Gpu("H100", 3.35e12, 989e12)
-GPUS = (H100, Gpu("H200", 4.8e12, 989e12), Gpu("A100", 2.04e12, 312e12), Gpu("L4", 0.3e12, 121e12))
+H100 = GpuLimits("H100", 3.35e12, 989e12)
+GPUS = (H100, GpuLimits("H200", 4.8e12, 989e12), GpuLimits("A100", 2.04e12, 312e12), GpuLimits("L4", 0.3e12, 121e12))
 
 #: Fractions of the bandwidth at which cuBLAS reads the weights of a few rows, and our kernels read keys and values, and
 #: adapters (assumed).
@@ -146,7 +146,7 @@ def decode_seconds(base: Anatomy, step: Decode, bandwidth: float, flops: float =
     return _with_host(device, HOST_STEP + step.rows * HOST_ROW)
 
 
-def prefill_seconds(base: Anatomy, tokens: int, cached: int, gpu: Gpu, rank: int = 16) -> Parts:
+def prefill_seconds(base: Anatomy, tokens: int, cached: int, gpu: GpuLimits, rank: int = 16) -> Parts:
     """A step with one prompt of `tokens` tokens behind `cached` ones, by one adapter, outside of a graph."""
     seen = tokens * cached + tokens * tokens / 2
     device = Parts(
@@ -160,7 +160,7 @@ def prefill_seconds(base: Anatomy, tokens: int, cached: int, gpu: Gpu, rank: int
     return _with_host(device, HOST_STEP + launches * base.layers * EAGER_LAUNCH)
 
 
-def training_seconds(base: Anatomy, step: Pass, gpu: Gpu = H100) -> Parts:
+def training_seconds(base: Anatomy, step: Pass, gpu: GpuLimits = H100) -> Parts:
     """A step of one pass, with attention over each example, fused elementwise kernels, and logits in chunks."""
     forwards = 2 if step.recompute else 1
     passes = forwards + _BACKWARD
