@@ -59,11 +59,9 @@ def promote(
     """Makes a version the champion. It answers from the next request on."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.writing() as session:
-        adapters.get(session, name)
-        with named_by("version"):
-            version = adapters.resolve(session, name, body.version)
-        promoted = adapters.promote(session, name, version.id, f"promoted with {caller.key_id}")
-        record_change(session, caller, "adapter.promote", str(name), tenant, version=version.id)
+        version = _resolve(session, name, body.version)
+        promoted = adapters.promote(session, name, version, f"promoted with {caller.key_id}")
+        record_change(session, caller, "adapter.promote", str(name), tenant, version=version)
         return adapter_object(promoted)
 
 
@@ -88,7 +86,7 @@ def pin(
     """Makes a version the champion until it is unpinned: nightly runs, promotions and rollbacks do not change it."""
     name, selected = authorized_name(caller, tenant, adapter), body or VersionSelector()
     with gateway.registry.writing() as session:
-        version = _resolve(session, name, selected)
+        version = _resolve(session, name, selected.version)
         pinned = adapters.pin(session, name, version, f"pinned with {caller.key_id}")
         record_change(session, caller, "adapter.pin", str(name), tenant, version=version)
         return adapter_object(pinned)
@@ -115,7 +113,7 @@ async def warm(
 ) -> dict[str, Any]:
     """Loads a version where its requests are routed, by generating one token, which counts as usage."""
     name, selected = authorized_name(caller, tenant, adapter), body or VersionSelector()
-    version = await run_in_threadpool(_resolve_in_session, gateway, name, selected)
+    version = await run_in_threadpool(_resolve_in_session, gateway, name, selected.version)
     target = await find_model(gateway, caller, f"{name}@{version}")
     request = TextRequest(
         id=f"warm-{uuid.uuid4().hex}",
@@ -132,15 +130,15 @@ async def warm(
     return {"object": "adapter.warm", "adapter": str(name), "version": version, "seconds": round(seconds, 3)}
 
 
-def _resolve(session: Session, name: AdapterName, selected: VersionSelector) -> str:
+def _resolve(session: Session, name: AdapterName, selector: str) -> str:
     adapters.get(session, name)
     with named_by("version"):
-        return adapters.resolve(session, name, selected.version).id
+        return adapters.resolve(session, name, selector).id
 
 
-def _resolve_in_session(gateway: Gateway, name: AdapterName, selected: VersionSelector) -> str:
+def _resolve_in_session(gateway: Gateway, name: AdapterName, selector: str) -> str:
     with gateway.registry.reading() as session:
-        return _resolve(session, name, selected)
+        return _resolve(session, name, selector)
 
 
 def _record_warm_up(gateway: Gateway, caller: Caller, name: AdapterName, version: str) -> None:
