@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 def parallel_compilation() -> Iterator[None]:
     """Compiles kernels in other threads instead of launching them; at the end of the block, all are compiled.
 
-    Results that are computed in the block are arbitrary. A kernel that can't be compiled is a warning in the log, and
-    raises its error at its next launch. Only the thread that entered the block may launch kernels in it.
+    Results that are computed in the block are arbitrary. A kernel that can't be compiled causes a warning in the
+    log, and raises its error at its next launch. Only the thread that entered the block may launch kernels in it.
     """
     pending: dict[tuple[object, str], Future[None]] = {}
 

@@ -1,11 +1,11 @@
 """Decodes that were launched before the tokens of the step before them were read.
 
-A GPU would wait while the host reads a step's tokens, puts them out and schedules the next step. So the engine launches
-the next pass over the model for all answers that will probably continue, with tokens that are still on the device, and
-only then waits for them. The scheduler knows nothing of it: the next step is scheduled as always, from the tokens that
-were read, and takes from the pass the logits of the chunks that it was right about. Others are not used: an answer has
-ended, or has lost its blocks. What they wrote to the KV cache does no harm: their blocks are written again by steps
-that the device runs later, before anything reads them.
+A GPU would wait while the host reads a step's tokens, puts them out and schedules the next step. So the next pass over
+the model is launched for all answers that will probably continue, with tokens that are still on the device, and only
+then the host waits for them. The next step is scheduled from the tokens that were read, as always, and takes from the
+pass the logits of the chunks that are scheduled as they were computed. Others are not used: an answer has ended, or
+has lost its blocks. What they wrote to the KV cache is never read: steps that the device runs later write to their
+blocks first.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class ModelRunner:
         Args:
             model: The model.
             cache: Its KV cache, whose blocks `scheduler` allocates.
-            adapters: Has the slots of the versions.
+            adapters: The slab and the slots of the versions in it.
             scheduler: Allocates blocks for decodes that run ahead.
         """
         self.device = cache[0].keys.device
