@@ -51,13 +51,12 @@ def lora_configuration(
 def lora(gpu: GpuKind, dtype: torch.dtype) -> Iterator[Configuration]:
     """Adapters, at dimensions that are multiples of 16 and at odd ones.
 
-    Odd float16 is left out: a load depends on the size of an element, and float16's is bfloat16's. So is int8 at odd
-    dimensions and for rows in float32, which no base has that is served: runs of more than 32 rows then spill.
+    Left out are int8 at odd dimensions and for rows in float32, which no base has that is served: runs of more than 32
+    rows then spill.
     """
     for launch in (*lora_launches(dtype.itemsize), plans.EMBED):
         yield lora_configuration(launch, dtype)
-        if dtype != torch.float16:
-            yield lora_configuration(launch, dtype, aligned=False)
+        yield lora_configuration(launch, dtype, aligned=False)
         if dtype != torch.float32:
             yield lora_configuration(launch, dtype, int8=True)
 
