@@ -79,24 +79,60 @@ def read_conversation(line: Mapping[str, Any]) -> Conversation:
     return Conversation(messages, read_weights(weights), tools)
 
 
-def read_prompt(line: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+def read_prompt(
+    line: Mapping[str, Any], *, inside: str = ""
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
     """Reads the messages of a line, whose last one may have any role, and its tools.
+
+    Args:
+        line: an object with `LINE_KEYS`.
+        inside: the field of the line that the object is; empty: it is the line itself.
 
     Raises:
         LineError: as `read_conversation`.
     """
-    line = _drop_empty(line)
-    refuse_other_keys(line, LINE_KEYS, "the line")
+    line, prefix = drop_empty(line), f"{inside}." if inside else ""
+    refuse_other_keys(line, LINE_KEYS, inside or "the line")
     if not isinstance(line.get("parallel_tool_calls", False), bool):
-        raise LineError(f"parallel_tool_calls is {short_repr(line['parallel_tool_calls'])}; it must be true or false.")
-    tools = _tools(line)
+        value = short_repr(line["parallel_tool_calls"])
+        raise LineError(f"{prefix}parallel_tool_calls is {value}; it must be true or false.")
+    tools = read_tools(line, prefix)
     found = line.get("messages")
     if not isinstance(found, list) or not found:
-        raise LineError("messages must be a list with at least a user's and an assistant's message; add them.")
-    messages: list[Message] = []
+        least = "a user's message; add it" if inside else "a user's and an assistant's message; add them"
+        raise LineError(f"{prefix}messages must be a list with at least {least}.")
+    return read_messages(found, f"{prefix}messages"), tools
+
+
+def read_messages(found: Sequence[object], field: str, before: Sequence[Message] = ()) -> tuple[Message, ...]:
+    """Reads messages that follow others.
+
+    Raises:
+        LineError: as `read_conversation`.
+    """
+    messages = [*before]
     for index, message in enumerate(found):
-        messages.append(_message(message, messages, f"messages[{index}]"))
-    return tuple(messages), tools
+        messages.append(_message(message, messages, f"{field}[{index}]"))
+    return tuple(messages[len(before) :])
+
+
+def read_tools(line: Mapping[str, Any], prefix: str = "") -> tuple[Mapping[str, Any], ...]:
+    """Reads `tools` or `functions` of an object, whose fields begin with `prefix` in messages.
+
+    Raises:
+        LineError: as `read_conversation`.
+    """
+    if "functions" in line and "tools" in line:
+        raise LineError(f"{prefix.rstrip('.') or 'the line'} has both tools and functions; leave functions out.")
+    key = "functions" if "functions" in line else "tools"
+    found, field = line.get(key, []), f"{prefix}{key}"
+    if not isinstance(found, list) or len(found) > MAX_TOOLS:
+        raise LineError(f"{field} must be a list of at most {MAX_TOOLS} functions.")
+    tools = [_tool(tool, f"{field}[{index}]", bare=key == "functions") for index, tool in enumerate(found)]
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise LineError(f"{field} has two functions called {short_repr(twice)}; names must differ.")
+    return tuple(tools)
 
 
 def template_tool(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +217,7 @@ def refuse_other_keys(value: Collection[str], allowed: Sequence[str], where: str
         raise LineError(f"{where} has the unknown key {short_repr(other)}; it may have {', '.join(allowed)} only.")
 
 
-def _drop_empty(value: Mapping[str, Any]) -> dict[str, Any]:
+def drop_empty(value: Mapping[str, Any]) -> dict[str, Any]:
     """The keys whose value is neither null nor an empty list; a content and a role are always kept."""
     return {key: item for key, item in value.items() if key in ("role", "content") or item not in (None, [])}
 
@@ -192,7 +228,7 @@ def _message(value: object, before: Sequence[Message], where: str) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in _KEYS:
         raise LineError(f"{where}.role is {short_repr(role)}; use one of {', '.join(_KEYS)}.")
-    fields = _drop_empty(value)
+    fields = drop_empty(value)
     refuse_other_keys(fields, ("role", *_KEYS[role]), where)
     calls = _calls(fields, where) if role == "assistant" else []
     message: Message = {
@@ -231,7 +267,7 @@ def _part(part: object, field: str, kinds: Sequence[str]) -> str:
             f'{field} is of the type {short_repr(kind_of_part)}; only parts like {{"type": "text", "text": "..."}} '
             "can be trained on."
         )
-    refuse_other_keys(_drop_empty(part), ("type", kind), field)
+    refuse_other_keys(drop_empty(part), ("type", kind), field)
     return read_text(part, kind, f"{field}.{kind}", empty=True)
 
 
@@ -254,8 +290,8 @@ def _call(value: object, where: str, key: str, inner: str) -> TemplateToolCall:
             f'{field} must be an object; write {{"id": "...", "type": "function", "function": {{"name": "...", '
             '"arguments": "{...}"}}.'
         )
-    refuse_other_keys(_drop_empty(value), ("id", "type", "function"), field)
-    function = _drop_empty(value["function"])
+    refuse_other_keys(drop_empty(value), ("id", "type", "function"), field)
+    function = drop_empty(value["function"])
     refuse_other_keys(function, ("name", "arguments"), f"{field}{inner}")
     return {
         "id": read_text(value, "id", f"{field}.id"),
@@ -296,29 +332,15 @@ def _answered_call_id(role: str, value: Mapping[str, Any], before: Sequence[Mess
     return str(calls[0]["id"])
 
 
-def _tools(line: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    if "functions" in line and "tools" in line:
-        raise LineError("the line has both tools and functions; leave functions out.")
-    key = "functions" if "functions" in line else "tools"
-    found = line.get(key, [])
-    if not isinstance(found, list) or len(found) > MAX_TOOLS:
-        raise LineError(f"{key} must be a list of at most {MAX_TOOLS} functions.")
-    tools = [_tool(tool, f"{key}[{index}]", bare=key == "functions") for index, tool in enumerate(found)]
-    names = [tool["function"]["name"] for tool in tools]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise LineError(f"{key} has two functions called {short_repr(twice)}; names must differ.")
-    return tuple(tools)
-
-
 def _tool(value: object, where: str, *, bare: bool) -> Mapping[str, Any]:
     function, field = (value, where) if bare else (None, f"{where}.function")
     if isinstance(value, dict) and not bare:
-        refuse_other_keys(_drop_empty(value), ("type", "function"), where)
+        refuse_other_keys(drop_empty(value), ("type", "function"), where)
         function = value.get("function") if value.get("type") == "function" else None
     if not isinstance(function, dict):
         form = '{"name": "..."}' if bare else '{"type": "function", "function": {"name": "..."}}'
         raise LineError(f"{where} must be an object; write {form}.")
-    fields = _drop_empty(function)
+    fields = drop_empty(function)
     refuse_other_keys(fields, ("name", "description", "parameters", "strict"), field)
     _name(fields, f"{field}.name")
     if "description" in fields:

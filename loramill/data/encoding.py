@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -97,6 +97,33 @@ def encode_example(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn
     return replace(found[0], rest=tuple(found[1:]))
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Two answers to one prompt; in each, only the answer and its end are trained."""
+
+    chosen: EncodedExample
+    rejected: EncodedExample
+
+
+def encode_pair(tokenizer: ChatTokenizer, example: Example) -> EncodedPair:
+    """Tokens of a preference.
+
+    Args:
+        tokenizer: the base's.
+        example: of the kind "preference".
+
+    Raises:
+        DatasetInvalid: as `encode_example`, or no difference between the answers is left.
+    """
+    chosen, rejected = (encode_example(tokenizer, side, "only_last") for side in example.sides)
+    if chosen.tokens == rejected.tokens:
+        raise DatasetInvalid(
+            "Both answers have the same tokens: this base's vocabulary or chat template leaves no difference between "
+            "them; write another answer, or remove the example."
+        )
+    return EncodedPair(chosen, rejected)
+
+
 def check_tokens(
     examples: Examples, tokenizer: ChatTokenizer, max_length: int, train_on: TrainOn = "all"
 ) -> Sequence[int]:
@@ -111,7 +138,8 @@ def check_tokens(
         train_on: the answers of a conversation to train on.
 
     Returns:
-        Tokens of each sequence; an example may have several.
+        Tokens of each sequence. An example may have several; a preference has one length, of both answers with their
+        prompts.
 
     Raises:
         DatasetInvalid: as `read_examples`.
@@ -122,28 +150,44 @@ def check_tokens(
     for example in examples.examples:
         where = f"{unit} {example.line}"
         try:
-            sequences = encode_example(tokenizer, example, train_on).sequences
+            sides = _encode_sides(tokenizer, example, train_on)
         except InvalidRequest as error:
             problems.add(error.message, where)
             continue
-        lengths.extend(len(sequence.tokens) for sequence in sequences)
-        longest = max(sequences, key=lambda sequence: len(sequence.tokens))
-        count, prompt = len(longest.tokens), longest.prompt_length
-        if any(span.stop == span.start + 1 for sequence in sequences for span in sequence.spans):
-            problems.add(
-                "the completion has no tokens: this base's vocabulary or chat template leaves nothing of it; "
-                "write it in other characters, or remove the example.",
-                where,
-            )
-        if count > max_length:
-            filled = "the prompt alone fills it, " if prompt >= max_length else ""
-            problems.add(
-                f"it has {count} tokens (prompt {prompt}, completion {count - prompt}), {filled}the limit is "
-                f"{max_length}; shorten it or raise max_length (nothing is truncated: that would cut the completion).",
-                where,
-            )
+        if example.kind == "preference":  # one pass has both answers
+            lengths.append(sum(len(encoded.tokens) for encoded in sides.values()))
+        else:
+            lengths.extend(len(sequence.tokens) for encoded in sides.values() for sequence in encoded.sequences)
+        for side, encoded in sides.items():
+            for problem in _length_problems(encoded.sequences, side, max_length):
+                problems.add(problem, where)
     problems.raise_if_any()
     return lengths
+
+
+def _encode_sides(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> Mapping[str, EncodedExample]:
+    """The encoded answers of an example by what they are called in messages."""
+    if example.kind == "preference":
+        pair = encode_pair(tokenizer, example)
+        return {"chosen ": pair.chosen, "rejected ": pair.rejected}
+    return {"": encode_example(tokenizer, example, train_on)}
+
+
+def _length_problems(sequences: Sequence[EncodedExample], side: str, max_length: int) -> Iterator[str]:
+    longest = max(sequences, key=lambda sequence: len(sequence.tokens))
+    count, prompt = len(longest.tokens), longest.prompt_length
+    if any(span.stop == span.start + 1 for sequence in sequences for span in sequence.spans):
+        yield (
+            f"the {side}completion has no tokens: this base's vocabulary or chat template leaves nothing of it; "
+            "write it in other characters, or remove the example."
+        )
+    if count > max_length:
+        filled = "the prompt alone fills it, " if prompt >= max_length else ""
+        yield (
+            f"{f'with its {side}answer ' if side else ''}it has {count} tokens (prompt {prompt}, completion "
+            f"{count - prompt}), {filled}the limit is {max_length}; shorten it or raise max_length (nothing is "
+            "truncated: that would cut the completion)."
+        )
 
 
 def training_problem(tokenizer: ChatTokenizer) -> str | None:

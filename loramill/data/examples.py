@@ -6,13 +6,15 @@ the completion is trained. Blank lines are skipped.
 
 An assistant's message, or a line of completion data, may have a `"weight"`: 0 is not trained, 2 counts twice; as in
 OpenAI's format, the default is 1.
+
+Preference data has a better and a worse answer on each line, or one with a label, and is read by `preferences.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramill.data.conversation import (
@@ -27,6 +29,7 @@ from loramill.data.conversation import (
 from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.jsonl import iter_rows, parse
 from loramill.data.messages import Message
+from loramill.data.preferences import DataKind, JudgedPrompt, kind_of, read_judged
 from loramill.data.problems import ProblemList, list_first, unit_of
 from loramill.errors import DatasetInvalid
 from loramill.plural import counted
@@ -46,6 +49,8 @@ class Example:
         line: its line in the file, from 1.
         weights: weights of the loss of each answer, in order, at least one above 0; None: the file has none.
         tools: the tools of chat data, in the form that chat templates take.
+        rejected: the same prompt with a worse answer.
+        label: whether the answer is good; None: the data has no labels.
     """
 
     messages: tuple[Message, ...]
@@ -54,11 +59,24 @@ class Example:
     line: int
     weights: tuple[float, ...] | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    rejected: Example | None = None
+    label: bool | None = None
+
+    @property
+    def kind(self) -> DataKind:
+        """What the example teaches."""
+        return "preference" if self.rejected is not None else "supervised" if self.label is None else "labeled"
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """The example, and for a preference the worse answer."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def content_key(self) -> str:
         """A text that is equal for two examples of the same content."""
-        return json.dumps([self.prompt, self.completion, self.messages, self.tools])
+        worse = None if self.rejected is None else self.rejected.content_key
+        return json.dumps([self.prompt, self.completion, self.messages, self.tools, worse, self.label])
 
     @property
     def answers(self) -> list[int]:
@@ -79,6 +97,11 @@ class Examples:
     filename: str
     examples: tuple[Example, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def kind(self) -> DataKind:
+        """The kind of all examples."""
+        return self.examples[0].kind
 
 
 def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
@@ -105,7 +128,7 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
         except LineError as bad:
             problems.add(str(bad), f"{unit} {line}")
             continue
-        if examples and (example.prompt is None) != (examples[0].prompt is None):
+        if examples and _format(example) != _format(examples[0]):
             problem = f"it has another format than {unit} {examples[0].line}; use one format per file: {_FORMATS_HINT}."
             problems.add(problem, f"{unit} {line}")
             continue
@@ -118,9 +141,9 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     return Examples(filename, tuple(examples), _repeated(filename, examples))
 
 
-def is_chat(row: bytes) -> bool:
-    """Whether a line of a valid file is a conversation; otherwise it is a prompt and its completion."""
-    return "messages" in parse(row)
+def row_format(row: bytes) -> tuple[DataKind, bool]:
+    """The kind of a line of a valid file, and whether it is chat data; otherwise it has texts."""
+    return _format(_read_row(row, 1))
 
 
 def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
@@ -137,6 +160,10 @@ def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
     )
 
 
+def _format(example: Example) -> tuple[DataKind, bool]:
+    return example.kind, example.prompt is None
+
+
 def _read_row(row: bytes, line: int) -> Example:
     try:
         value = parse(row)
@@ -144,18 +171,38 @@ def _read_row(row: bytes, line: int) -> Example:
         raise LineError(error.message) from error
     if not isinstance(value, dict):
         raise LineError(f"it is not an object; {_FORMATS_HINT}.")
+    if kind_of(value) != "supervised":
+        return _judged_example(read_judged(value), line)
+    value = {key: item for key, item in value.items() if key != "label"}  # null: there is none
     if "messages" in value:
         chat = read_conversation(value)
-        last = chat.messages[-1]
-        called = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", [])]
-        answer = answer_text(last["content"], called)
-        return Example(chat.messages, None, answer, line, chat.weights, chat.tools)
+        return _chat_example(chat.messages, chat.weights, chat.tools, line)
     if "prompt" not in value and "completion" not in value:
         raise LineError(f"it has no messages; {_FORMATS_HINT}.")
     refuse_other_keys(value, ("prompt", "completion", "weight"), "the line")
     prompt, completion = (read_text(value, field, field) for field in ("prompt", "completion"))
     weights = read_weights([read_weight(value, "weight")])
     return Example(messages=(), prompt=prompt, completion=completion, line=line, weights=weights)
+
+
+def _chat_example(
+    messages: tuple[Message, ...],
+    weights: tuple[float, ...] | None,
+    tools: tuple[Mapping[str, Any], ...],
+    line: int,
+) -> Example:
+    last = messages[-1]
+    called = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", [])]
+    return Example(messages, None, answer_text(last["content"], called), line, weights, tools)
+
+
+def _judged_example(judged: JudgedPrompt, line: int) -> Example:
+    """The example of a line of preference data; of a conversation only the answer that is judged has a weight."""
+    sides = [Example((), prompt, answer, line) for prompt, answer in judged.texts]
+    for messages in judged.conversations:
+        earlier = sum(message["role"] == "assistant" for message in messages[:-1])
+        sides.append(_chat_example(messages, (*[0.0] * earlier, 1.0), judged.tools, line))
+    return replace(sides[0], rejected=sides[1] if len(sides) > 1 else None, label=judged.label)
 
 
 def _repeated(filename: str, examples: Sequence[Example]) -> tuple[str, ...]:

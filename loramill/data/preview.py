@@ -19,19 +19,25 @@ _MAX_PART_CHARACTERS = 4000
 def preview_examples(examples: Examples, tokenizer: ChatTokenizer, train_on: TrainOn) -> dict[str, Any]:
     """Describes valid examples: tokens of each sequence, tokens that the loss is computed on, and the first example.
 
+    A preference is shown twice, with each of its answers.
+
     Args:
         examples: they passed `check_tokens`.
         tokenizer: the base's.
         train_on: which answers of a conversation.
     """
     tokenizer = tokenizer.at_time(datetime.now(UTC))
-    encoded = [encode_example(tokenizer, example, train_on) for example in examples.examples]
+    sides = [side for example in examples.examples for side in example.sides]
+    encoded = [encode_example(tokenizer, side, train_on) for side in sides]
     sequences = [sequence for each in encoded for sequence in each.sequences]
     lengths = [len(sequence.tokens) for sequence in sequences]
     return {
         "tokens": {"min": min(lengths), "median": round(median(lengths)), "max": max(lengths), "total": sum(lengths)},
         "supervised_tokens": sum(span.stop - span.start for sequence in sequences for span in sequence.spans),
-        "preview": preview_parts(encoded[0], tokenizer),
+        "kind": examples.kind,
+        "preview": [
+            part for side in encoded[: len(examples.examples[0].sides)] for part in preview_parts(side, tokenizer)
+        ],
     }
 
 

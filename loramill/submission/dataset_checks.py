@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from loramill.data.encoding import check_tokens
-from loramill.data.examples import Examples, compare_splits, is_chat, read_examples
+from loramill.data.examples import Examples, compare_splits, read_examples, row_format
 from loramill.data.jsonl import iter_rows
+from loramill.data.preferences import DataKind
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.registry import ArtifactStore
 from loramill.types import DatasetRecord, TrainOn
@@ -26,10 +27,10 @@ class DatasetChecks:
         self._artifacts, self._tokenizer = artifacts, tokenizer
         self._lengths = lru_cache(_CACHE_SIZE)(self._check_lengths)
         self._warnings = lru_cache(_CACHE_SIZE)(self._compare)
-        self._is_chat = lru_cache(_CACHE_SIZE)(self._first_row_is_chat)
+        self._format = lru_cache(_CACHE_SIZE)(self._first_row_format)
 
     def lengths(self, dataset: DatasetRecord, max_length: int, train_on: TrainOn) -> Sequence[int]:
-        """Tokens of each sequence of the dataset; an example may have several.
+        """Tokens of each sequence of the dataset; an example may have several, and a pair is one of both answers.
 
         Raises:
             DatasetInvalid: an example is longer than `max_length`, or can't be trained on in this way.
@@ -38,7 +39,11 @@ class DatasetChecks:
 
     def is_chat(self, dataset: DatasetRecord) -> bool:
         """Whether the dataset contains conversations; otherwise it contains prompts and completions."""
-        return self._is_chat(dataset.artifact)
+        return self._format(dataset.artifact)[1]
+
+    def kind(self, dataset: DatasetRecord) -> DataKind:
+        """The kind of the dataset's examples."""
+        return self._format(dataset.artifact)[0]
 
     def warnings(self, train: DatasetRecord, valid: DatasetRecord) -> tuple[str, ...]:
         """Warnings about a train/validation pair."""
@@ -50,9 +55,9 @@ class DatasetChecks:
     def _compare(self, train: str, train_name: str, valid: str, valid_name: str) -> tuple[str, ...]:
         return compare_splits(self._read(train, train_name), self._read(valid, valid_name))
 
-    def _first_row_is_chat(self, artifact: str) -> bool:
+    def _first_row_format(self, artifact: str) -> tuple[DataKind, bool]:
         with self._artifacts.open(artifact, DATA_FILE) as content:
-            return is_chat(next(iter_rows(content))[1])
+            return row_format(next(iter_rows(content))[1])
 
     def _read(self, artifact: str, filename: str) -> Examples:
         return read_examples(self._artifacts.read(artifact, DATA_FILE), filename)

@@ -56,16 +56,11 @@ def recognize(name: str, columns: Collection[str]) -> RowFormat:
     if len(found) == 1:
         return found[0]
     if found:
-        either = " or ".join(f"{form.required[0]}={form.required[0]}" for form in found)
+        either = " or ".join(",".join(f"{field}={field}" for field in form.required) for form in found)
         raise DatasetInvalid(
             f"{name} can be read as {' and as '.join(form.name for form in found)}: select columns, such as {either}."
         )
     shown = ", ".join(map(_column_name, columns)) or "(none)"
-    if {"chosen", "rejected"} <= set(columns):
-        raise DatasetInvalid(
-            f"{name} has preference pairs ({shown}), and training on preferences is not supported; to train on the "
-            "chosen answers only, set columns prompt=prompt,completion=chosen."
-        )
     raise DatasetInvalid(
         f"{name} has the columns {shown}, which match no known format ({'; '.join(map(_required_fields, FORMATS))}): "
         "name "
@@ -103,28 +98,41 @@ def _messages(cells: Cells) -> dict[str, Any]:
             line[field] = _value(cells, field)
     if any(isinstance(message, Mapping) and "from" in message for message in line["messages"]):
         line["messages"] = _turns(line["messages"], "messages")
-    return line
+    return line | _label(cells)
 
 
 def _pair(cells: Cells) -> dict[str, Any]:
-    """Texts, or TRL's lists of messages, of which only the completion is trained."""
+    """Texts, or TRL's lists of messages, of which only the completion is trained or has the label."""
     spoken = {field: _is_conversation(cells[field]) for field in ("prompt", "completion")}
     if not any(spoken.values()):
         line: dict[str, Any] = {field: _text(cells, field) for field in ("prompt", "completion")}
         if cells.get("tools") not in (None, ""):
             raise CellError("tools", "tools belong to messages; write prompt and completion as lists of messages.")
-        return line | ({} if cells.get("weight") in (None, "") else {"weight": _number(cells, "weight")})
+        line |= {} if cells.get("weight") in (None, "") else {"weight": _number(cells, "weight")}
+        return line | _label(cells)
     for field, other in (("prompt", "completion"), ("completion", "prompt")):
         if not spoken[field]:
             raise CellError(field, f"it is {short_repr(cells[field])}; it must be a list of messages, as {other} is.")
+    label = _label(cells)
     before = [
-        {**turn, "weight": 0} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+        {**turn, "weight": 0} if not label and isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
         for turn in cells["prompt"]
     ]
     if cells.get("weight") not in (None, ""):
         raise CellError("weight", "it belongs to texts; give the messages of the completion a weight each.")
     tools = {} if cells.get("tools") in (None, "") else {"tools": _value(cells, "tools")}
-    return {"messages": [*before, *cells["completion"]], **tools}
+    return {"messages": [*before, *cells["completion"]], **tools, **label}
+
+
+def _openai_preference(cells: Cells) -> dict[str, Any]:
+    answers = {field: _list(cells, field, "one message") for field in ("preferred_output", "non_preferred_output")}
+    return {"input": _value(cells, "input"), **answers}
+
+
+def _preference(cells: Cells) -> dict[str, Any]:
+    """TRL's texts or lists of messages, which the gateway takes as they are."""
+    line = {field: cells[field] for field in ("prompt", "chosen", "rejected") if field in cells}
+    return line | ({} if cells.get("tools") in (None, "") else {"tools": _value(cells, "tools")})
 
 
 def _alpaca(cells: Cells) -> dict[str, Any]:
@@ -154,10 +162,12 @@ def _sharegpt(cells: Cells) -> dict[str, Any]:
 
 
 FORMATS = (
-    RowFormat("messages", ("messages",), ("tools", "functions", "parallel_tool_calls"), _messages),
-    RowFormat("prompt and completion", ("prompt", "completion"), ("weight", "tools"), _pair),
+    RowFormat("messages", ("messages",), ("tools", "functions", "parallel_tool_calls", "label"), _messages),
+    RowFormat("prompt and completion", ("prompt", "completion"), ("weight", "tools", "label"), _pair),
     RowFormat("Alpaca", ("instruction", "output"), ("input", "system", "history"), _alpaca),
     RowFormat("ShareGPT", ("conversations",), ("system", "tools"), _sharegpt),
+    RowFormat("preferences", ("chosen", "rejected"), ("prompt", "tools"), _preference),
+    RowFormat("OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), (), _openai_preference),
 )
 
 
@@ -263,6 +273,22 @@ def _text(cells: Cells, field: str) -> str:
 
 def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _label(cells: Cells) -> dict[str, Any]:
+    """Whether the answer is good, for KTO; empty if there is no label."""
+    value = cells.get("label")
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if not isinstance(value, bool):
+        raise CellError(
+            "label",
+            f"it is {short_repr(value)}; it must be true (a good answer) or false. To leave the column out, select the "
+            "others, such as columns prompt=prompt,completion=completion.",
+        )
+    return {"label": value}
 
 
 def _number(cells: Cells, field: str) -> float:

@@ -56,13 +56,23 @@ def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) ->
     """Rejects new data of another format than the adapter's other data, since a job takes one format.
 
     Raises:
-        InvalidRequest: a file does not exist, or one has messages and another has prompts and completions.
+        InvalidRequest: a file does not exist or has preferences, or one has messages and another has prompts and
+            completions.
     """
     with gateway.registry.reading() as session:
         train = find_file(session, body.training_file, name.tenant, "training_file")
         ids = [body.validation_file] if body.validation_file is not None else []
         valid = [find_file(session, each, name.tenant, "validation_file") for each in ids]
-        existing = nightly.next_training_files(session, name)
+        trained = nightly.next_training_files(session, name)
+    for param, file in (("training_file", train), *(("validation_file", each) for each in valid)):
+        if gateway.dataset_checks.kind(file) != "supervised":
+            raise InvalidRequest(
+                f"{file.filename} holds preferences, and nightly runs train on answers only: submit a job with it, as "
+                f"in `loramill submit {name} --train {file.filename} --objective dpo`.",
+                param=param,
+            )
+    # Preferences that the champion was trained on are not trained again.
+    existing = [each for each in trained if gateway.dataset_checks.kind(each) == "supervised"]
     chat = gateway.dataset_checks.is_chat(train)
     for param, file, others in (("validation_file", train, valid), ("training_file", train, existing)):
         for other in others:

@@ -209,7 +209,7 @@ def test_a_hub_id_names_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             b'{"text": "a"}',
             "x.jsonl has the columns text, which match no known format (messages; prompt and comp",
         ),
-        ("x.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "x.jsonl has preference pairs"),
+        ("x.jsonl", b'{"messages": [], "chosen": [], "rejected": []}', "select columns, such as messages=messages or"),
         ("x.jsonl", b'{"messages": [], "prompt": "", "completion": ""}', "can be read as messages and as prompt and"),
         ("x.txt", b"prompt,completion\na,b\n", "is not in a known format"),
         ("x.parquet", b"PAR1", "x.parquet can't be read as a table"),
