@@ -106,13 +106,14 @@ class TokenCounts(FrozenModel):
 
 
 class FileCheck(FrozenModel):
-    """Result of `client.files.check`. `preview` is the first example."""
+    """Result of `client.files.check`. `preview` is the first example; a preference appears with each of its answers."""
 
     filename: str
     format: str
     examples: int
     tokens: TokenCounts
     supervised_tokens: int
+    kind: Literal["supervised", "preference", "labeled"]
     preview: tuple[PreviewPart, ...]
     warnings: tuple[str, ...] = ()
 

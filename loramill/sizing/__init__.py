@@ -46,7 +46,7 @@ def fit_spec(
     Args:
         spec: the job.
         base: its base.
-        lengths: tokens of the examples.
+        lengths: tokens of the examples; a pair has those of both answers.
         settings: the pool's.
         adjustable: fields of `ADJUSTABLE` that may change; None: those with which the spec was not made, so that what
             a submitter set stays.

@@ -95,12 +95,13 @@ def largest_row(
 
     Args:
         spec: the job; its micro_tokens, batch_size, packing and max_length matter.
-        lengths: tokens of the examples, at most max_length each.
+        lengths: tokens of the examples; a pair has those of both answers.
         supervised_fraction: the largest fraction of a row's tokens with a loss.
         shared_prefixes: whether examples may begin with the same tokens, which a packed row contains once, so that it
             has room for more examples.
     """
-    cut = sorted((min(length, spec.max_length) for length in lengths), reverse=True) or [spec.max_length]
+    cut = sorted((min(length, spec.max_example_tokens) for length in lengths), reverse=True)
+    cut = cut or [spec.max_example_tokens]
     longest, shortest = cut[0], cut[-1]
     step = sum(cut[index % len(cut)] for index in range(spec.batch_size))
     # A packed row is complete once it has its tokens, so all but one token of the last example may exceed them.

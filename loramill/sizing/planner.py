@@ -65,7 +65,7 @@ class SizingRequest:
     """A job with its base, its data and the pool.
 
     Attributes:
-        lengths: tokens of the examples.
+        lengths: tokens of the examples; a pair has those of both answers.
         adjustable: fields of `ADJUSTABLE` that may be chosen.
         supervised_fraction: the largest fraction of a row's tokens with a loss.
         shared_prefixes: whether examples may begin with the same tokens.
@@ -218,7 +218,7 @@ def _micro_tokens(request: SizingRequest) -> list[int]:
     """The spec's number, its halves down to one example per pass, and on a GPU its doubles; it begins no lower than the
     default, since a nightly run continues from a spec that may have been sized for longer data."""
     start = max(request.spec.micro_tokens, JobSpec.model_fields["micro_tokens"].default)
-    longest = min(request.spec.max_length, max(request.lengths, default=request.spec.max_length))
+    longest = min(request.spec.max_example_tokens, max(request.lengths, default=request.spec.max_example_tokens))
     halves = [
         start >> times for times in range(start.bit_length()) if (start >> max(0, times - 1)) > longest or not times
     ]
@@ -250,7 +250,7 @@ def _numbers(request: SizingRequest, *, far: bool = False) -> Iterator[tuple[str
     lowest = 1 if far else -(-spec.rank // 4)
     if spec.method != "full" and (rank := _largest(spec.rank, lowest, lambda value: _with(request, rank=value))):
         yield f"rank = {rank}", _with(request, rank=rank)
-    length = min(spec.max_length, max(request.lengths, default=spec.max_length))
+    length = min(spec.max_example_tokens, max(request.lengths, default=spec.max_example_tokens))
     lowest = 8 if far else max(8, -(-length // 4))
     if shorter := _largest(length, lowest, lambda value: _with(request, max_length=value)):
         yield f"max_length = {shorter}", _with(request, max_length=shorter)

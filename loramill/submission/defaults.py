@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.models.catalog import EXPERT_ARCHITECTURES, Base
-from loramill.submission.request import SPEC_TRAIN_ON, Auto, JobRequest, LoramillOptions
-from loramill.types import ATTENTION_TARGETS, JobSpec, Quantization
+from loramill.submission.objectives import check_objective
+from loramill.submission.request import SPEC_TRAIN_ON, Auto, DpoHyperparameters, JobRequest, LoramillOptions
+from loramill.types import ATTENTION_TARGETS, JobSpec, Objective, Quantization
 
 _T = TypeVar("_T", int, float)
 
@@ -23,6 +24,8 @@ _T = TypeVar("_T", int, float)
 LEARNING_RATE = 1e-3
 #: Where every weight is trained: a tenth (Schulman et al. 2025, "LoRA without regret").
 FULL_LEARNING_RATE = 1e-4
+#: Preference tuning: a tenth, too.
+PREFERENCE_LEARNING_RATE = 1e-4
 #: Small: 60 steps of 8 learned as much as 50 steps of 16, at about half the price.
 BATCH_SIZE = 8
 #: For long files, "auto" takes 0.2% of the examples, as OpenAI does, but at most this many.
@@ -52,6 +55,7 @@ _PARAM_OF_FIELD = {
     "epochs": "hyperparameters.n_epochs",
     "batch_size": "hyperparameters.batch_size",
     "learning_rate": "hyperparameters.learning_rate_multiplier",
+    "beta": "hyperparameters.beta",
 }
 
 
@@ -68,6 +72,7 @@ def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str
         InvalidRequest: a value is out of its range; `param` names it.
     """
     options = request.options
+    check_objective(options)
     _check_quantization(options, base.quantization)
     if (options.max_length or 0) > base.context_length:
         raise InvalidRequest(
@@ -130,12 +135,13 @@ def openai_hyperparameters(spec: JobSpec, examples: int | None) -> dict[str, int
     return {
         "n_epochs": epochs,
         "batch_size": spec.batch_size,
-        "learning_rate_multiplier": round(spec.learning_rate / _base_learning_rate(spec.method), 6),
+        "learning_rate_multiplier": round(spec.learning_rate / _base_learning_rate(spec.method, spec.objective), 6),
     }
 
 
-def _base_learning_rate(method: str | None) -> float:
-    rate: float = METHOD_DEFAULTS.get(method or "", {}).get("learning_rate", LEARNING_RATE)
+def _base_learning_rate(method: str | None, objective: Objective | None) -> float:
+    default = LEARNING_RATE if objective in (None, "sft") else PREFERENCE_LEARNING_RATE
+    rate: float = METHOD_DEFAULTS.get(method or "", {}).get("learning_rate", default)
     return rate
 
 
@@ -152,11 +158,13 @@ def _schedule_defaults(request: JobRequest, examples: int) -> dict[str, Any]:
     epochs = _or_default(hyperparameters.n_epochs, _default_epochs(examples, batch_size))
     steps = count_steps(epochs, examples, batch_size)
     multiplier = _or_default(hyperparameters.learning_rate_multiplier, 1.0)
+    beta = hyperparameters.beta if isinstance(hyperparameters, DpoHyperparameters) else "auto"
     return {
+        **({} if beta == "auto" else {"beta": beta}),
         "batch_size": batch_size,
         "steps": steps,
         "epochs": epochs if options.steps is None else None,
-        "learning_rate": _base_learning_rate(options.method) * multiplier,
+        "learning_rate": _base_learning_rate(options.method, options.objective) * multiplier,
         # A checkpoint, with its validation, costs as much as a few steps; a crash costs the steps since the last one.
         "checkpoint_every": max(10, min(100, (steps if options.steps is None else options.steps) // 4)),
     }

@@ -34,12 +34,13 @@ class JobOptions(LoramillOptions):
     def to_request(self) -> dict[str, Any]:
         """The body of a request to the gateway: OpenAI's fields where there are any, the others under `loramill`."""
         hyperparameters = {"n_epochs": self.epochs, "batch_size": self.batch_size}
+        kind = "supervised" if self.objective in (None, "sft") else "dpo"
         own = self.model_dump(include=set(LoramillOptions.model_fields), exclude_unset=True, exclude_none=True)
         request = {
             "model": self.base,
             "seed": self.seed,
             "metadata": self.metadata,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": drop_none(hyperparameters)}},
+            "method": {"type": kind, kind: {"hyperparameters": drop_none(hyperparameters)}},
             "loramill": own,
         }
         return drop_none(request)
@@ -65,6 +66,11 @@ class JobOptionsDict(TypedDict, total=False):
     alpha_pattern: Mapping[str, float] | None
     init_rank: int | None
     loraplus_lr_ratio: float | None
+    objective: Literal["sft", "dpo", "orpo", "kto"] | None
+    dpo_loss: Literal["sigmoid", "ipo"] | None
+    beta: float | None
+    desirable_weight: float | None
+    undesirable_weight: float | None
     train_on: Literal["last", "all"] | None
     learning_rate: float | None
     schedule: Schedule | None

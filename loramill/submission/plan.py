@@ -67,7 +67,7 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
         spec=spec,
         base=config,
         quantization=quantization,
-        lengths=(spec.max_length,),
+        lengths=(spec.max_example_tokens,),
         pool=pool,
         adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set,
         supervised_fraction=1.0 if read.answers is None else read.answers,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from loramill.names import AdapterName
-from loramill.types import Executor, FrozenModel, JobSpec, Method, Quantization, Schedule, TrainOn
+from loramill.types import Executor, FrozenModel, JobSpec, Method, Objective, Quantization, Schedule, TrainOn
 
 Auto = Literal["auto"]
 RequestedTrainOn = Literal["last", "all"]
@@ -47,6 +47,12 @@ class Hyperparameters(FrozenModel):
     )
 
 
+class DpoHyperparameters(Hyperparameters):
+    """OpenAI's hyperparameters of preference tuning."""
+
+    beta: float | Auto = Field(default="auto", description=JobSpec.model_fields["beta"].description)
+
+
 class LoramillOptions(FrozenModel):
     """loramill's own fields of a fine-tune job; the gateway chooses what is null or left out."""
 
@@ -67,8 +73,13 @@ class LoramillOptions(FrozenModel):
     alpha_pattern: dict[str, float] | None = spec_field("alpha_pattern")
     init_rank: int | None = spec_field("init_rank", "1.5 x rank")
     loraplus_lr_ratio: float | None = spec_field("loraplus_lr_ratio")
+    objective: Objective | None = spec_field("objective")
+    dpo_loss: Literal["sigmoid", "ipo"] | None = spec_field("dpo_loss")
+    beta: float | None = spec_field("beta")
+    desirable_weight: float | None = spec_field("desirable_weight")
+    undesirable_weight: float | None = spec_field("undesirable_weight")
     train_on: RequestedTrainOn | None = Field(default=None, description=TRAIN_ON_DESCRIPTION)
-    learning_rate: float | None = spec_field("learning_rate", "0.001; full: 0.0001")
+    learning_rate: float | None = spec_field("learning_rate", "0.001; full, or dpo, orpo and kto: 0.0001")
     schedule: Schedule | None = spec_field("schedule")
     steps: int | None = Field(default=None, description="Number of optimizer steps; overrides the number of epochs.")
     warmup_ratio: float | None = spec_field("warmup_ratio")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from loramill.errors import DatasetInvalid, InvalidRequest
+from loramill.errors import DatasetInvalid, InvalidRequest, UnsupportedParameter
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import adapters, audit, datasets, jobs, pool_gpus
@@ -22,9 +22,13 @@ from loramill.settings import JobSettings
 from loramill.sizing import check_targets, fit_spec
 from loramill.submission.dataset_checks import DatasetChecks
 from loramill.submission.defaults import count_training_tokens, resolve_spec
+from loramill.submission.objectives import check_kind
 from loramill.submission.references import find_file, named_by
 from loramill.submission.request import JobRequest
-from loramill.types import Executor, JobRecord, JobSpec
+from loramill.types import Executor, JobRecord, JobSpec, Objective
+
+#: The objectives that workers can train.
+TRAINED_OBJECTIVES: tuple[Objective, ...] = ("sft",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +134,22 @@ def check_spec(
             f"{train.filename} has {train.examples} examples and training needs at least {minimum}; add some.",
             param="training_file",
         )
+    check_kind(spec.objective, context.checks.kind(train), train.filename, "training_file")
     lengths = context.checks.lengths(train, spec.max_length, spec.train_on)
     warnings: tuple[str, ...] = ()
     valid_lengths: Sequence[int] = ()
     if spec.valid:
         valid = datasets.get(session, spec.valid, tenant)
+        check_kind(spec.objective, context.checks.kind(valid), valid.filename, "validation_file")
         valid_lengths = context.checks.lengths(valid, spec.max_length, spec.train_on)
         warnings = context.checks.warnings(train, valid)
     pool = _with_known_gpu(session, context.settings)
     spec, explanation = fit_spec(spec, context.base, (*lengths, *valid_lengths), pool, adjustable)
+    if spec.objective not in TRAINED_OBJECTIVES:
+        raise UnsupportedParameter(
+            f"Jobs with the objective '{spec.objective}' are checked but can't be trained yet; use 'sft'.",
+            param="loramill.objective",
+        )
     cost = count_training_tokens(spec, lengths, train.examples)
     notes: list[tuple[Literal["info", "warn"], str]] = [("info", explanation)] if explanation else []
     notes += [("warn", warning) for warning in warnings]

@@ -37,6 +37,8 @@ ALL_LINEAR = "all-linear"
 
 Method = Literal["lora", "dora", "adalora", "pissa", "loftq", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
+#: What a job optimizes: the likelihood of answers, or preferences between them.
+Objective = Literal["sft", "dpo", "orpo", "kto"]
 Schedule = Literal["linear", "cosine", "constant"]
 TrainOn = Literal["all", "only_last", "last"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -89,6 +91,21 @@ class JobSpec(FrozenModel):
     loraplus_lr_ratio: float = Field(
         default=1.0, gt=0, description="LoRA+: learning rate of B divided by the learning rate of A."
     )
+
+    objective: Objective = Field(
+        default="sft",
+        description="What training optimizes: sft (answers), dpo or orpo (preferences between two answers), or kto "
+        "(answers labeled good or bad).",
+    )
+    dpo_loss: Literal["sigmoid", "ipo"] = Field(default="sigmoid", description="DPO: form of the loss.")
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="DPO and KTO: how strongly the model is kept close to the one that training starts from; IPO: tau; "
+        "ORPO: lambda, the weight of the odds ratio.",
+    )
+    desirable_weight: float = Field(default=1.0, gt=0, description="KTO: weight of the loss of good answers.")
+    undesirable_weight: float = Field(default=1.0, gt=0, description="KTO: weight of the loss of bad answers.")
 
     train_on: TrainOn = Field(
         default="all",
@@ -143,6 +160,11 @@ class JobSpec(FrozenModel):
     def adapter_name(self) -> AdapterName:
         """The adapter as a parsed name."""
         return AdapterName.parse(self.adapter)
+
+    @property
+    def max_example_tokens(self) -> int:
+        """Maximum tokens that one pass needs for an example: a pair has both answers, each with its prompt."""
+        return 2 * self.max_length if self.objective in ("dpo", "orpo") else self.max_length
 
 
 class JobRecord(FrozenModel):

@@ -18,7 +18,7 @@ from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.plural import counted
 from loramill.registry import ArtifactStore, adapters, datasets, jobs, nightly
-from loramill.submission.defaults import MIN_STEPS, count_steps, resolve_spec
+from loramill.submission.defaults import LEARNING_RATE, MIN_STEPS, count_steps, resolve_spec
 from loramill.submission.request import JobRequest
 from loramill.types import DatasetRecord, JobSpec, NewData, StepStatus, VersionRecord
 
@@ -76,7 +76,8 @@ def plan_training(
     champion = adapters.get(session, name).champion
     origin = _version(session, name, champion, base).job if champion else None
     old = jobs.get(session, origin).spec if origin else None
-    old_files = (old.train, old.valid) if old else (None, None)
+    # Preferences are not trained together with answers.
+    old_files = (old.train, old.valid) if old and old.objective == "sft" else (None, None)
     existing = datasets.example_counts(session, filter(None, old_files))
     old_train, old_valid = (file if file in existing else None for file in old_files)
 
@@ -131,7 +132,10 @@ def first_spec(name: AdapterName, train: DatasetRecord, valid: DatasetRecord, ba
 
 
 def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetRecord) -> JobSpec:
-    """The champion's job, continued from its weights at half its learning rate."""
+    """The champion's job, continued from its weights at half its learning rate.
+
+    After preference tuning, the new answers are trained at half the default learning rate.
+    """
     # Few examples make few steps per pass; the new ones are then learned at the cost of the old ones.
     epochs = max(EPOCHS, -(-MIN_STEPS // count_steps(1, train.examples, old.batch_size)))
     changed = {
@@ -141,7 +145,8 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "train_on": "all" if old.train_on == "last" else old.train_on,  # the default of older jobs
         "steps": count_steps(epochs, train.examples, old.batch_size),
         "epochs": epochs,
-        "learning_rate": old.learning_rate / 2,
+        "objective": "sft",
+        "learning_rate": (old.learning_rate if old.objective == "sft" else LEARNING_RATE) / 2,
     }
     return JobSpec.model_validate(old.model_dump() | changed)
 

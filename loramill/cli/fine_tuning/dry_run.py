@@ -12,6 +12,7 @@ from loramill.client import Client
 from loramill.client.models import FileCheck
 from loramill.client.uploads import read_valid
 from loramill.names import AdapterName
+from loramill.submission.objectives import check_kind
 from loramill.submission.options import read_options
 
 
@@ -28,6 +29,8 @@ def dry_run(adapter: str, train: str, valid: str | None, job_options: Mapping[st
         if valid is not None:
             source = read_valid(valid, columns, valid_columns)
             found.append(client.files.check(source, tenant=tenant, valid=True, max_length=length, train_on=train_on))
+    for each in found:
+        check_kind(options.objective or "sft", each.kind, each.filename)
     if json:
         return print_json(found)
     for each in found:
@@ -52,4 +55,5 @@ def _print_check(found: FileCheck) -> None:
 
 def _mark_supervised(found: FileCheck) -> str:
     parts = ((escape_control_characters(part.text), part.supervised) for part in found.preview)
-    return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in parts)
+    end = "\n" if found.kind == "preference" else ""  # after each answer
+    return "".join(f"⟦{text}⟧{end}" if supervised else text for text, supervised in parts)

@@ -16,6 +16,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "method", "rank", "alpha", "rslora", "dropout", "targets", "layers", "rank_pattern", "alpha_pattern",
         "init_rank", "loraplus_lr_ratio", "quantization", "start_from", "base",
     ),
+    "Objective": ("objective", "dpo_loss", "beta", "desirable_weight", "undesirable_weight"),
     "Training": (
         "epochs", "steps", "batch_size", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm",
         "max_length", "train_on", "packing", "eval_every", "patience", "keep", "checkpoint_every", "seed",

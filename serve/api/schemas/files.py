@@ -8,6 +8,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
+from loramill.data.preferences import DataKind
 from loramill.serve.api.schemas.common import CreatedAt, Deleted, ListQuery, ObjectType, response_object
 from loramill.submission.request import TRAIN_ON_DESCRIPTION, RequestedTrainOn
 
@@ -92,7 +93,10 @@ class FileCheck(TypedDict):
     status_details: Annotated[str | None, Field(description="Warnings about the data, one per line.")]
     tokens: Annotated[FileTokens, Field(description="Numbers of tokens.")]
     supervised_tokens: Annotated[int, Field(description="Number of tokens that the loss is computed on.")]
-    preview: Annotated[list[PreviewPart], Field(description="The first example, in parts.")]
+    kind: Annotated[DataKind, Field(description="What the examples teach.")]
+    preview: Annotated[
+        list[PreviewPart], Field(description="The first example, in parts; a preference once with each answer.")
+    ]
 
 
 @response_object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -32,6 +32,13 @@ class JobHyperparameters(TypedDict):
 
 
 @response_object
+class JobDpoHyperparameters(JobHyperparameters):
+    """The spec of preference tuning in OpenAI's terms."""
+
+    beta: Annotated[float, Field(description="How strongly the model is kept close to its start.")]
+
+
+@response_object
 class JobSupervised(TypedDict):
     """Supervised training."""
 
@@ -39,11 +46,22 @@ class JobSupervised(TypedDict):
 
 
 @response_object
+class JobDpo(TypedDict):
+    """Preference tuning."""
+
+    hyperparameters: Annotated[JobDpoHyperparameters, Field(description="The hyperparameters.")]
+
+
+@response_object
 class JobMethod(TypedDict):
     """The training method in OpenAI's terms."""
 
-    type: Annotated[Literal["supervised"], Field(description="Type of the method.")]
-    supervised: Annotated[JobSupervised, Field(description="Options of supervised training.")]
+    type: Annotated[
+        Literal["supervised", "dpo"],
+        Field(description="Type of the method; `dpo` for all preference tuning, whose objective is in the spec."),
+    ]
+    supervised: NotRequired[Annotated[JobSupervised, Field(description="Options of supervised training.")]]
+    dpo: NotRequired[Annotated[JobDpo, Field(description="Options of preference tuning.")]]
 
 
 @response_object

@@ -14,7 +14,7 @@ from loramill.names import SHORT_HASH_LENGTH, AdapterName, check_name, results_i
 from loramill.serve.api.schemas.common import Metadata, RequestBody
 from loramill.submission.defaults import openai_hyperparameters
 from loramill.submission.references import named_by
-from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
+from loramill.submission.request import DpoHyperparameters, Hyperparameters, JobRequest, LoramillOptions
 from loramill.types import CheckpointRecord, JobEvent, JobRecord, JobStatus
 
 #: The id of an event is this prefix and a number, of no more digits than fit in a database's integer.
@@ -28,12 +28,18 @@ class SupervisedMethod(RequestBody):
     hyperparameters: Hyperparameters | None = Field(default=None, description="The hyperparameters.")
 
 
+class DpoMethod(RequestBody):
+    """Preference tuning."""
+
+    hyperparameters: DpoHyperparameters | None = Field(default=None, description="The hyperparameters.")
+
+
 class Method(RequestBody):
-    """OpenAI's training method. Only `supervised` is supported."""
+    """OpenAI's training method: `supervised`, or `dpo` for preference tuning."""
 
     type: Literal["supervised", "dpo", "reinforcement"] = Field(description="Type of the method.")
     supervised: SupervisedMethod | None = Field(default=None, description="Supervised training.")
-    dpo: dict[str, Any] | None = Field(default=None, description="Not supported.")
+    dpo: DpoMethod | None = Field(default=None, description="Preference tuning.")
     reinforcement: dict[str, Any] | None = Field(default=None, description="Not supported.")
 
 
@@ -58,7 +64,8 @@ class NewJob(RequestBody):
         """The request of `tenant`, as `loramill.submission` takes it.
 
         Raises:
-            UnsupportedParameter, InvalidRequest: as `hyperparameters_or_default`, or the suffix is not a name.
+            UnsupportedParameter, InvalidRequest: as `hyperparameters_or_default`, or the suffix is not a name, or the
+                method and the objective differ.
         """
         hyperparameters = self.hyperparameters_or_default()
         with named_by("suffix"):
@@ -71,19 +78,34 @@ class NewJob(RequestBody):
             seed=self.seed,
             metadata=self.metadata,
             hyperparameters=hyperparameters,
-            options=self.loramill,
+            options=self._options(),
         )
+
+    def _options(self) -> LoramillOptions:
+        """loramill's options, with the objective that the method implies."""
+        objective = self.loramill.objective
+        if self.method is None:
+            return self.loramill
+        if self.method.type == "dpo" and objective is None:
+            return self.loramill.model_copy(update={"objective": "dpo"})
+        if objective is not None and (self.method.type == "supervised") != (objective == "sft"):
+            raise InvalidRequest(
+                f"'method.type' is '{self.method.type}' and 'loramill.objective' is '{objective}': 'supervised' goes "
+                "with 'sft', and 'dpo' with 'dpo', 'orpo' and 'kto'.",
+                param="loramill.objective",
+            )
+        return self.loramill
 
     def hyperparameters_or_default(self) -> Hyperparameters:
         """The hyperparameters, from either place.
 
         Raises:
-            UnsupportedParameter: the method is not supervised training, or there are integrations.
+            UnsupportedParameter: the method is reinforcement learning, or there are integrations.
             InvalidRequest: both places have hyperparameters, and they differ.
         """
-        if self.method and self.method.type != "supervised":
+        if self.method and self.method.type == "reinforcement":
             raise UnsupportedParameter(
-                f"The method '{self.method.type}' is not supported; 'method.type' must be 'supervised'.",
+                "The method 'reinforcement' is not supported; 'method.type' must be 'supervised' or 'dpo'.",
                 param="method.type",
             )
         if self.integrations:
@@ -92,8 +114,8 @@ class NewJob(RequestBody):
                 "LORAMILL_JOBS__LOGGERS='[\"wandb\"]') applies to all jobs; omit 'integrations'.",
                 param="integrations",
             )
-        supervised = self.method.supervised if self.method else None
-        newer = supervised.hyperparameters if supervised else None
+        method = getattr(self.method, self.method.type) if self.method else None
+        newer = method.hyperparameters if method else None
         if newer and self.hyperparameters and newer != self.hyperparameters:
             raise InvalidRequest(
                 "'hyperparameters' and those of 'method' differ; give one of them.", param="hyperparameters"
@@ -114,6 +136,9 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
     """
     spec = job.spec
     hyperparameters = openai_hyperparameters(spec, examples)
+    # OpenAI's name for preference tuning; `loramill.spec.objective` distinguishes its objectives.
+    method = "supervised" if spec.objective == "sft" else "dpo"
+    of_method = hyperparameters if method == "supervised" else hyperparameters | {"beta": spec.beta}
     failed, waits = job.status is JobStatus.FAILED, job.status is JobStatus.PAUSED
     return {
         "id": job.id,
@@ -127,7 +152,7 @@ def job_object(job: JobRecord, base: Base, examples: int | None, now: float | No
         "status": JobStatus.QUEUED if waits else job.status,
         "error": {"code": job.error_code, "message": job.error_message, "param": None} if failed else None,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": method, method: {"hyperparameters": of_method}},
         "integrations": [],
         "training_file": spec.train,
         "validation_file": spec.valid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from loramill.client.jobs import JobsResource
 from loramill.client.models import File
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
+from loramill.submission import submit
 from loramill.submission.options import JobOptions, JobOptionsDict
 from loramill.types import JobStatus
 
@@ -92,13 +94,20 @@ OPTIONS: dict[str, object] = {
     "keep": "last",
     "seed": 11,
 }
+#: Values for the options of preference tuning, by objective.
+PREFERENCES: dict[str, dict[str, object]] = {
+    "dpo": {"dpo_loss": "ipo", "beta": 0.3},
+    "orpo": {"beta": 0.25},
+    "kto": {"beta": 0.2, "desirable_weight": 2.0, "undesirable_weight": 0.5},
+}
 #: Options that are not fields of the spec.
 OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority", "executor"}
 
 
 def test_every_option_reaches_the_spec(gateway: RunningGateway, tenant: str) -> None:
     """Each keyword of `submit` arrives in the spec under the gateway's name for it."""
-    assert set(JobOptions.model_fields) == set(JobOptionsDict.__annotations__) == set(OPTIONS) | OTHERS
+    preference = {"objective"}.union(*PREFERENCES.values())
+    assert set(JobOptions.model_fields) == set(JobOptionsDict.__annotations__) == set(OPTIONS) | OTHERS | preference
     with gateway.client() as client:
         job = client.jobs.submit(
             f"{tenant}/a",
@@ -112,6 +121,18 @@ def test_every_option_reaches_the_spec(gateway: RunningGateway, tenant: str) -> 
         )
     assert OPTIONS.items() <= job.spec.items()
     assert (job.metadata, job.priority, job.executor) == ({"by": "test"}, -3, "dedicated")
+
+
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_options_of_preference_tuning_reach_the_spec(
+    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    monkeypatch.setattr(submit, "TRAINED_OBJECTIVES", tuple(PREFERENCES))
+    answers = {"completion": " b", "label": True} if objective == "kto" else {"chosen": " b", "rejected": " c"}
+    lines = b"".join(json.dumps({"prompt": f"{i}?", **answers}).encode() + b"\n" for i in range(12))
+    with gateway.client() as client:
+        job = client.jobs.submit(f"{tenant}/a", lines, objective=objective, **PREFERENCES[objective])  # type: ignore
+    assert {"objective": objective, **PREFERENCES[objective]}.items() <= job.spec.items()
 
 
 def test_invalid_options_are_reported_together(gateway: RunningGateway, tenant: str) -> None:

@@ -16,6 +16,7 @@ from loramill.names import AdapterName
 from loramill.submission.defaults import (
     MAX_STEPS,
     MIN_STEPS,
+    PREFERENCE_LEARNING_RATE,
     count_steps,
     count_training_tokens,
     openai_hyperparameters,
@@ -42,6 +43,14 @@ def resolve(
 
 def base(context: int = 2048) -> Base:
     return Base("tiny", Path(), "f" * 64, "LlamaForCausalLM", context)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preferences_are_trained_at_a_lower_learning_rate(objective: str) -> None:
+    spec = resolve(hyperparameters={"learning_rate_multiplier": 3.0}, objective=objective)
+    assert (spec.objective, spec.learning_rate) == (objective, 3 * PREFERENCE_LEARNING_RATE)
+    assert openai_hyperparameters(spec, 160)["learning_rate_multiplier"] == 3.0
+    assert resolve(objective=objective, max_length=100).max_example_tokens == (100 if objective == "kto" else 200)
 
 
 def test_on_a_mixture_of_experts_a_job_adapts_attention_unless_it_has_targets() -> None:

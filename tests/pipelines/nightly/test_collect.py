@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collect import REPLAY_EXAMPLES, hold_out, jsonl_rows, next_spec, plan_training, sample
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
+from loramill.submission.defaults import LEARNING_RATE
 from loramill.types import JobSpec, VersionRecord
 
 NAME = AdapterName("acme", "support")
@@ -51,18 +53,19 @@ def rows_of(registry: Registry, dataset_id: str) -> list[bytes]:
         return jsonl_rows(registry.artifacts.read(datasets.get(session, dataset_id).artifact, "data.jsonl"))
 
 
-def champion(registry: Registry, base: Base) -> JobSpec:
+def champion(registry: Registry, base: Base, **changes: Any) -> JobSpec:
     """An adapter with a champion, as a finished job leaves it."""
-    spec = JobSpec(
-        base=base.fingerprint,
-        adapter=str(NAME),
-        train=dataset(registry, OLD),
-        valid=dataset(registry, OLD_VALID),
-        steps=7,
-        batch_size=8,
-        learning_rate=2e-3,
-        rank=4,
-    )
+    fields = {
+        "base": base.fingerprint,
+        "adapter": str(NAME),
+        "train": dataset(registry, OLD),
+        "valid": dataset(registry, OLD_VALID),
+        "steps": 7,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "rank": 4,
+    }
+    spec = JobSpec(**fields | changes)
     version = registry.artifacts.put({"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
     with registry.writing() as session:
         job = jobs.submit(session, spec, {})
@@ -113,6 +116,18 @@ def test_the_next_job_keeps_train_on_if_it_was_chosen(
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
     new = next_spec(old, "v", train, valid)
     assert (new.train_on, new.rank, new.alpha) == (expected, 4, 32.0)
+
+
+def test_after_preference_tuning_new_answers_are_trained_without_the_preferences(
+    registry: Registry, base: Base
+) -> None:
+    pairs = dataset(registry, [b'{"prompt": "a", "chosen": "b", "rejected": "c"}'])
+    champion(registry, base, train=pairs, valid=pairs, objective="dpo", learning_rate=1e-5)
+    plan = collected(registry, base, NEW, None)
+    spec = JobSpec.model_validate(plan["spec"])
+    assert (spec.objective, spec.learning_rate, spec.start_from) == ("sft", LEARNING_RATE / 2, plan["champion"])
+    assert set(rows_of(registry, spec.train)) <= set(NEW)
+    assert list(plan["slices"]) == ["new"]
 
 
 def test_new_data_is_evaluated_on_its_own_validation_data(registry: Registry, base: Base) -> None:

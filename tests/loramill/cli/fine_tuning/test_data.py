@@ -215,6 +215,18 @@ def test_a_dry_run_shows_what_would_be_trained_and_stores_nothing(tenant: str) -
     assert json_output("files", "list", "--tenant", tenant) == [] == json_output("jobs", "--tenant", tenant)
 
 
+def test_a_dry_run_shows_both_answers_of_a_preference(tenant: str) -> None:
+    rows = "".join(f"what is {number}?, number {number}, no idea\n" for number in range(12))
+    Path("pairs.csv").write_text("prompt,chosen,rejected\n" + rows)
+    arguments = ("submit", f"{tenant}/a", "--train", "pairs.csv", "--dry-run")
+    ran = ok(*arguments, "--objective", "dpo", "--beta", "0.2")
+    assert "CSV, preferences (chosen, rejected, prompt)" in ran.stdout
+    lines = ["what is 0?\u27e6 number 0<|im_end|>\u27e7", "what is 0?\u27e6 no idea<|im_end|>\u27e7"]
+    assert "\n".join(lines) in ran.stdout
+    refused = loramill(*arguments)
+    assert refused.exit_code == 1 and "set 'objective' to 'dpo' or 'orpo'" in refused.stderr
+
+
 def test_a_dry_run_escapes_control_characters(tenant: str) -> None:
     row = '{"prompt": "a\\u001b[31mb\\u202ec\\td", "completion": "e%d\\u0000"}\n'
     Path("train.jsonl").write_text("".join(row % number for number in range(12)))

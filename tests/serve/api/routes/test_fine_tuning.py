@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from openai import OpenAI
 
 from loramill.errors import TrainingDiverged
 from loramill.registry import jobs
+from loramill.submission import submit
 from loramill.types import TARGETS, VersionRecord
 
 
@@ -95,6 +97,113 @@ def test_training_on_the_last_answer_with_a_rank_pattern(client: OpenAI, file: s
 def test_older_clients_write_hyperparameters_at_the_top(client: OpenAI, file: str) -> None:
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters={"n_epochs": 5})
     assert job.hyperparameters.n_epochs == 5
+
+
+PAIRS = "".join(
+    json.dumps(
+        {
+            "input": {"messages": [{"role": "user", "content": f"number {i}?"}], "tools": []},
+            "preferred_output": [{"role": "assistant", "content": f"it is {i}"}],
+            "non_preferred_output": [{"role": "assistant", "content": "who knows"}],
+        }
+    )
+    + "\n"
+    for i in range(40)
+).encode()
+LABELS = "".join(
+    json.dumps({"prompt": f"number {i}?", "completion": f" it is {i}", "label": i % 2 == 0}) + "\n" for i in range(40)
+).encode()
+
+
+@pytest.fixture
+def pairs(client: OpenAI) -> str:
+    return client.files.create(file=("pairs.jsonl", PAIRS), purpose="fine-tune").id
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "TRAINED_OBJECTIVES", ("sft", "dpo", "orpo", "kto"))
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(("beta", "expected"), [(0.3, 0.3), ("auto", 0.1)])
+def test_create_dpo(client: OpenAI, pairs: str, beta: Any, expected: float) -> None:
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": beta, "n_epochs": 2, "batch_size": 4}}}
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=pairs, validation_file=pairs, method=method)
+    assert job.method is not None and job.method.type == "dpo" and job.method.supervised is None
+    assert job.method.dpo is not None and job.method.dpo.hyperparameters is not None
+    hyperparameters = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
+    assert job.method.dpo.hyperparameters.to_dict() == hyperparameters | {"beta": expected}
+    assert job.hyperparameters.to_dict() == hyperparameters
+    spec = job.loramill["spec"]  # type: ignore[attr-defined]
+    assert (spec["objective"], spec["dpo_loss"], spec["beta"], spec["steps"]) == ("dpo", "sigmoid", expected, 20)
+    assert client.fine_tuning.jobs.retrieve(job.id) == job
+    (listed,) = client.fine_tuning.jobs.list().data
+    assert listed.method == job.method
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("objective", ["orpo", "kto"])
+def test_create_with_another_objective(client: OpenAI, pairs: str, objective: str) -> None:
+    labels = client.files.create(file=("labels.jsonl", LABELS), purpose="fine-tune").id
+    file = labels if objective == "kto" else pairs
+    own = {"objective": objective, "beta": 0.2}
+    for more in ({}, {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.7}}}}):
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_body={"loramill": own}, **more)  # type: ignore[call-overload]
+        spec = job.loramill["spec"]
+        assert (job.method.type, spec["objective"], spec["beta"]) == ("dpo", objective, 0.2)
+
+
+def test_preferences_are_not_trained_yet(client: OpenAI, pairs: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="'dpo' are checked but can't be trained yet") as caught:
+        client.fine_tuning.jobs.create(model="tiny", training_file=pairs, method={"type": "dpo"})
+    assert caught.value.code == "unsupported_parameter"
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("objective", "kind", "message"),
+    [
+        (
+            "sft",
+            "pairs",
+            "pairs.jsonl holds preferences between two answers, and the objective 'sft' needs answers to ",
+        ),
+        ("sft", "labels", "set 'objective' to 'kto'"),
+        ("dpo", "answers", "set 'objective' to 'sft'"),
+        ("orpo", "labels", "the objective 'orpo' needs preferences between two answers (input, preferred_output and"),
+        ("kto", "pairs", "give other data, or set 'objective' to 'dpo' or 'orpo'"),
+    ],
+)
+def test_data_must_fit_the_objective(client: OpenAI, jsonl: Any, objective: str, kind: str, message: str) -> None:
+    contents = {"pairs": PAIRS, "labels": LABELS, "answers": jsonl(40)}
+    files = {
+        name: client.files.create(file=(f"{name}.jsonl", raw), purpose="fine-tune").id for name, raw in contents.items()
+    }
+    fitting = {"sft": "answers", "kto": "labels"}.get(objective, "pairs")
+    for training, validation, param in ((kind, None, "training_file"), (fitting, kind, "validation_file")):
+        given = {"validation_file": files[validation]} if validation else {}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.fine_tuning.jobs.create(
+                model="tiny", training_file=files[training], extra_body={"loramill": {"objective": objective}}, **given
+            )  # type: ignore[call-overload]
+        assert message in caught.value.message
+        assert (caught.value.param, caught.value.code) == (param, "invalid_dataset")
+
+
+def test_preference_files_are_checked(client: OpenAI, http: httpx.Client) -> None:
+    with pytest.raises(openai.BadRequestError, match="line 2: preferred_output is None"):
+        client.files.create(
+            file=(
+                "pairs.jsonl",
+                PAIRS.splitlines()[0] + b'\n{"input": {"messages": [{"role": "user", "content": "a"}]}}',
+            ),
+            purpose="fine-tune",
+        )
+    found = http.post("/v1/files/check", files={"file": ("pairs.jsonl", PAIRS)}).json()
+    assert (found["kind"], found["examples"]) == ("preference", 40)
+    assert [part["supervised"] for part in found["preview"]] == [False, True, False, True]
+    assert ["it is 0" in found["preview"][1]["text"], "who knows" in found["preview"][3]["text"]] == [True, True]
 
 
 def _finish(site: Any, job_id: str, tenant: str) -> str:
@@ -235,10 +344,47 @@ def test_an_admin_submits_for_a_tenant(site: Any, tenant: str, jsonl: Any) -> No
         ({"seed": -1}, "seed", "invalid_request"),
         ({"metadata": {"k": 1}}, "metadata.k", "invalid_request"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "invalid_request"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "training_file", "invalid_dataset"),
         (
-            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}},
-            "method.type",
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
+            "method.supervised.hyperparameters.beta",
             "unsupported_parameter",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"gamma": 0.1}}}},
+            "method.dpo.hyperparameters.gamma",
+            "unsupported_parameter",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
+            "hyperparameters.beta",
+            "invalid_request",
+        ),
+        (
+            {"method": {"type": "supervised"}, "extra_body": {"loramill": {"objective": "kto"}}},
+            "loramill.objective",
+            "invalid_request",
+        ),
+        (
+            {"method": {"type": "dpo"}, "extra_body": {"loramill": {"objective": "sft"}}},
+            "loramill.objective",
+            "invalid_request",
+        ),
+        ({"extra_body": {"loramill": {"beta": 0.1}}}, "loramill.beta", "invalid_request"),
+        (
+            {"method": {"type": "dpo"}, "extra_body": {"loramill": {"desirable_weight": 2.0}}},
+            "loramill.desirable_weight",
+            "invalid_request",
+        ),
+        (
+            {"method": {"type": "dpo"}, "extra_body": {"loramill": {"train_on": "last"}}},
+            "loramill.train_on",
+            "invalid_request",
+        ),
+        (
+            {"method": {"type": "dpo"}, "extra_body": {"loramill": {"method": "full"}}},
+            "loramill.method",
+            "invalid_request",
         ),
         ({"method": {"type": "reinforcement"}}, "method.type", "unsupported_parameter"),
         ({"method": {"type": "wishing"}}, "method.type", "invalid_request"),
