@@ -237,5 +237,6 @@ def error_line(lines: list[str]) -> str:
     """Returns the most informative line of an error: the exception of a traceback, otherwise the first line."""
     if any(line.startswith(_TRACEBACK) for line in lines):
         ends = [line for line in lines if not line.startswith((" ", _TRACEBACK)) and ": " in line]
-        return (ends or lines)[-1].removeprefix("loramill.errors.")
+        # Errors of loramill are whole sentences.
+        return re.sub(r"^loramill\.errors\.\w+: ", "", (ends or lines)[-1])
     return lines[0]

@@ -17,9 +17,11 @@ from ray import serve
 import loramill.jobs.ray.supervisor
 import loramill.serve.deployments
 from loramill import logs
-from loramill.errors import LoramillError
+from loramill.errors import LoramillError, SetupError
+from loramill.gpus.machine import list_gpus
 from loramill.local.machine import object_store_folder
 from loramill.models.catalog import find_base
+from loramill.plural import counted
 from loramill.settings import Settings
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -55,6 +57,23 @@ def start_local(scratch: Path) -> None:
     )
 
 
+def check_ray_gpus(settings: Settings) -> None:
+    """Checks that Ray counts all GPUs of this machine: without them, engines and sessions would wait forever.
+
+    Raises:
+        SetupError: it counts fewer.
+    """
+    if settings.serve.device != "cuda" and not settings.jobs.on_gpu:
+        return
+    reported, found = len(list_gpus()), int(ray.cluster_resources().get("GPU", 0))
+    if found < reported:
+        raise SetupError(
+            f"nvidia-smi reports {counted(reported, 'GPU')}, and Ray finds {found}, by libnvidia-ml.so.1: check that "
+            "this library belongs to the driver (in a container, NVIDIA_DRIVER_CAPABILITIES has to contain utility). "
+            "To use the CPU, set serve.device to cpu and jobs.use_gpu to false."
+        )
+
+
 def wait_for_end(ended: threading.Event) -> None:
     """Sets `ended` when standard input has ended."""
     sys.stdin.read()
@@ -78,6 +97,7 @@ def run(settings: Settings) -> None:
     ended = threading.Event()
     threading.Thread(target=wait_for_end, args=(ended,), name="stdin", daemon=True).start()
     start_local(settings.home / "run")
+    check_ray_gpus(settings)
     deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
     log.info("up")
     ended.wait()

@@ -114,7 +114,7 @@ ERROR 2026-11-29 15:22:25,000 controller 8 -- Something else failed at the end.
 """
     log = ClusterLog(tmp_path / "up.log", io.BytesIO(text.encode()), 7)
     log.close(10)
-    assert log.failed and log.reason == 'BaseUnusable: config.json has no "vocab_size".'
+    assert log.failed and log.reason == 'config.json has no "vocab_size".'
     lines = (tmp_path / "up.log").read_text().splitlines()
     assert len(lines) == 10 and all(LINE.fullmatch(line) for line in lines)
 
