@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +18,7 @@ from loramill.storage.atomic import replace_text
 from loramill.storage.safetensors_header import TensorEntry, read_header
 
 _CHUNK = 1 << 22
+log = logging.getLogger(__name__)
 
 #: Keys of config.json that don't change the forward pass; every key that is not listed counts. Sliding windows are
 #: listed because most configs have one that is not in use; if it is, `catalog` adds it under another key.
@@ -92,19 +94,22 @@ def weights_hash(files: Sequence[Path], cache: Path) -> str:
     """The sha256 (hex) over all tensors: names, types, shapes and bytes, in order of name.
 
     The result is cached under `cache` by the files' real paths, sizes and modification times, so that only the first
-    call reads the weights (about 1 GB/s).
+    call reads the weights (about 1 GB/s). If the cache can't be written to, each call reads them.
 
     Raises:
         BaseUnusable: a file is not a safetensors file, or is truncated.
-        OSError: a file can't be read, or the cache can't be written.
+        OSError: a file can't be read.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     known = cache / "weights" / hashlib.sha256(_canonical(stats)).hexdigest()
     if known.is_file() and len(found := known.read_text()) == 64:
         return found
     digest = _hash_tensors(files)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(known, digest)
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(known, digest)
+    except OSError as error:
+        log.warning("the hash of the weights can't be written to %s; every start reads them: %s", known, error)
     return digest
 
 

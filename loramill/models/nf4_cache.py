@@ -17,15 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from loramill.kernels.quantization import PackedNf4, pack_nf4
+from loramill.storage.atomic import share
 
 #: Increases with every change of the files, so that older ones are not used.
-FORMAT = 1
+FORMAT = 2
 #: Number of most recently used bases that are kept.
 KEPT = 3
 #: Seconds after which a file that is still being written belongs to a process that was killed.
 _ABANDONED_SECONDS = 3600
-
-_CHECKSUM = "checksum"
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,8 @@ class Nf4Cache:
 
     The fingerprint covers weights and quantization, so another version of a base has another folder. A file is created
     by a hard link and never replaced: any number of processes may quantize at once, and all use the codes of the first
-    one to finish, whatever their devices. A damaged file is deleted and written again. If the folder can't be written
-    to, `pack` quantizes each time.
+    one to finish, whatever their devices. A file that is damaged or another module's is deleted and written again. If
+    the folder can't be written to, `pack` quantizes each time.
     """
 
     def __init__(self, cache: Path, fingerprint: str, device: torch.device) -> None:
@@ -47,6 +46,7 @@ class Nf4Cache:
             device: where `pack` returns the weights.
         """
         self._folder = cache / "nf4" / f"{fingerprint}-{FORMAT}"
+        self._fingerprint = fingerprint
         self._device = device
         self._writes = True
         if self._folder.is_dir():
@@ -59,31 +59,34 @@ class Nf4Cache:
             SetupError: bitsandbytes isn't installed.
         """
         file = self._folder / f"{name}.safetensors"
-        found = self._read(file)
+        found = self._read(file, name)
         if found is not None:
             return found
         packed = pack_nf4(weight())
-        if self._writes and not self._write(file, packed):
-            return self._read(file) or packed
+        if self._writes and not self._write(file, name, packed):
+            return self._read(file, name) or packed
         return packed
 
-    def _read(self, file: Path) -> PackedNf4 | None:
+    def _read(self, file: Path, module: str) -> PackedNf4 | None:
         try:
             with safe_open(file, framework="pt", device=str(self._device)) as opened:
                 names = opened.keys()
                 tensors = {name: opened.get_tensor(name) for name in names}
-                expected = (opened.metadata() or {}).get(_CHECKSUM)
+                metadata = opened.metadata()
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
             _discard(file, str(error))
             return None
-        if _checksum(tensors) != expected:
-            _discard(file, "its checksum does not match")
+        if metadata != self._metadata(module, tensors):
+            _discard(file, "its base, module or checksum does not match")
             return None
         return PackedNf4.of_tensors(tensors)
 
-    def _write(self, file: Path, packed: PackedNf4) -> bool:
+    def _metadata(self, module: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        return {"base": self._fingerprint, "module": module, "checksum": _checksum(tensors)}
+
+    def _write(self, file: Path, module: str, packed: PackedNf4) -> bool:
         """Writes a file; returns False if another process wrote it meanwhile."""
         tensors = packed.tensors()
         building = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
@@ -91,7 +94,8 @@ class Nf4Cache:
             if not self._folder.is_dir():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 remove_unused(self._folder.parent)
-            save_file(tensors, building, metadata={_CHECKSUM: _checksum(tensors)})
+            save_file(tensors, building, metadata=self._metadata(module, tensors))
+            share(building)
             os.link(building, file)
         except FileExistsError:
             return False

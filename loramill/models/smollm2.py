@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from loramill.errors import BaseUnusable, DiskFull
-from loramill.storage.atomic import fsync, replace_text
+from loramill.storage.atomic import fsync, replace_text, share
 from loramill.storage.locks import exclusive_lock
 
 NAME = "smollm2-135m"
@@ -123,8 +123,10 @@ def _convert_into(target: Path, source: Path) -> None:
     half = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=target.parent))
     try:
         _run_conversion(source, half)
-        for path in (*half.iterdir(), half):
-            fsync(path)
+        for file in half.iterdir():
+            share(file)
+            fsync(file)
+        fsync(half)
         half.chmod(0o755)
         half.rename(target)
         fsync(target.parent)

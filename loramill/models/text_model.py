@@ -16,7 +16,7 @@ from typing import Any
 
 from loramill.errors import BaseUnusable
 from loramill.models.fingerprint import weight_files
-from loramill.storage.atomic import fsync
+from loramill.storage.atomic import fsync, share
 from loramill.storage.locks import exclusive_lock
 
 #: Architectures of multimodal checkpoints, and those of their text models.
@@ -65,6 +65,8 @@ def ensure_text_model(folder: Path, config: Mapping[str, Any], cache: Path) -> P
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(json.dumps([stats, config], sort_keys=True).encode()).hexdigest()[:16]
     target = cache / "bases" / f"text-{key}"
+    if target.is_dir():  # without a lock, so that the cache may be read-only
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(target.with_suffix(".lock")):
         if not target.is_dir():
@@ -92,6 +94,7 @@ def _write(folder: Path, config: Mapping[str, Any], files: Sequence[Path], out: 
                 tensors = {new: opened.get_tensor(name) for name, new in names.items() if new is not None}
                 if tensors:
                     save_file(tensors, out / shard, metadata={"format": "pt"})
+                    share(out / shard)
         except SafetensorError as error:
             raise BaseUnusable(f"{file} is damaged: {error}. Copy or download the folder again.") from error
         owners |= dict.fromkeys(tensors, shard)

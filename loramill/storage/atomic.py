@@ -22,6 +22,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def share(file: Path) -> None:
+    """Lets all users read a file that safetensors wrote, which only its owner can read."""
+    file.chmod(0o644)
+
+
 def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Replaces the text of a file atomically: readers get the complete old or the complete new text.
 

@@ -415,6 +415,15 @@ def test_weights_are_hashed_once_and_again_when_they_change(
             find_base(str(folder), cache)
 
 
+def test_a_base_is_found_without_a_place_for_its_hash(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "weights").touch()
+    assert find_base(str(folder), tmp_path / "cache") == find_base(str(folder), tmp_path / "other")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "every start reads them" in caplog.text
+
+
 def test_a_damaged_hash_in_the_cache_is_not_used(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = find_base(str(folder), cache)

@@ -62,11 +62,11 @@ def test_codes_from_the_disk_are_the_quantizers(
     assert_equal(Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", lambda: weight), expected)
     no_quantizer()
     assert_equal(Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", unused), expected)
-    assert [file.name for file in (tmp_path / "nf4" / ("f" * 64 + "-1")).iterdir()] == ["q_proj.safetensors"]
+    assert [file.name for file in (tmp_path / "nf4" / ("f" * 64 + "-2")).iterdir()] == ["q_proj.safetensors"]
 
 
 def test_another_base_or_format_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed, (fingerprint, version) in enumerate([("a" * 64, 1), ("b" * 64, 1), ("a" * 64, 2)]):
+    for seed, (fingerprint, version) in enumerate([("a" * 64, 1), ("b" * 64, 1), ("a" * 64, 3)]):
         monkeypatch.setattr(nf4_cache, "FORMAT", version)
         weight = random_weight(seed=seed)
         found = Nf4Cache(tmp_path, fingerprint, CPU).pack("q_proj", lambda weight=weight: weight)
@@ -110,6 +110,26 @@ def test_a_damaged_file_is_made_anew(
     assert_equal(Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", unused), expected)
 
 
+@pytest.mark.parametrize("other", [("f" * 64, "k_proj"), ("e" * 64, "q_proj")], ids=["module", "base"])
+def test_a_file_of_another_module_or_base_is_made_anew(
+    tmp_path: Path, other: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = random_weight()
+    Nf4Cache(tmp_path, other[0], CPU).pack(other[1], lambda: random_weight(seed=1))
+    wrong = next(tmp_path.rglob("*.safetensors"))
+    file = tmp_path / "nf4" / ("f" * 64 + "-2") / "q_proj.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    wrong.rename(file)
+    assert_equal(Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", lambda: weight), pack_nf4(weight))
+    assert "its base, module or checksum does not match" in caplog.text
+    assert_equal(Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", unused), pack_nf4(weight))
+
+
+def test_other_users_can_read_the_files(tmp_path: Path) -> None:
+    Nf4Cache(tmp_path, "f" * 64, CPU).pack("q_proj", random_weight)
+    assert next(tmp_path.rglob("*.safetensors")).stat().st_mode & 0o777 == 0o644
+
+
 def test_all_processes_use_the_codes_that_were_written_first(tmp_path: Path) -> None:
     first, second = random_weight(seed=1), random_weight(seed=2)
     expected: list[PackedNf4] = []
@@ -135,24 +155,24 @@ def test_the_bases_that_were_used_last_are_kept(tmp_path: Path) -> None:
     weight, now, root = random_weight((2, 64)), time.time(), tmp_path / "nf4"
     for age, name in enumerate("abcd"):
         Nf4Cache(tmp_path, name, CPU).pack("q_proj", lambda: weight)
-        os.utime(root / f"{name}-1", (now - 100 + age, now - 100 + age))
+        os.utime(root / f"{name}-2", (now - 100 + age, now - 100 + age))
     # `a` goes with the next base.
     Nf4Cache(tmp_path, "b", CPU).pack("q_proj", unused)
     Nf4Cache(tmp_path, "e", CPU).pack("q_proj", lambda: weight)
-    assert sorted(folder.name for folder in root.iterdir()) == ["b-1", "d-1", "e-1"] and KEPT == 3
+    assert sorted(folder.name for folder in root.iterdir()) == ["b-2", "d-2", "e-2"] and KEPT == 3
 
 
 def test_other_formats_and_files_of_killed_processes_go_with_the_next_base(tmp_path: Path) -> None:
     weight = random_weight((2, 64))
     Nf4Cache(tmp_path, "a", CPU).pack("q_proj", lambda: weight)
     (tmp_path / "nf4/a-0").mkdir()
-    killed, running = (tmp_path / "nf4/a-1" / f".{name}" for name in ("killed", "running"))
+    killed, running = (tmp_path / "nf4/a-2" / f".{name}" for name in ("killed", "running"))
     for file in (killed, running):
         file.touch()
     os.utime(killed, (time.time() - 4000, time.time() - 4000))
     Nf4Cache(tmp_path, "b", CPU).pack("q_proj", lambda: weight)
     names = [str(file.relative_to(tmp_path / "nf4")) for file in (tmp_path / "nf4").glob("*/*")]
-    assert sorted(names) == ["a-1/.running", "a-1/q_proj.safetensors", "b-1/q_proj.safetensors"]
+    assert sorted(names) == ["a-2/.running", "a-2/q_proj.safetensors", "b-2/q_proj.safetensors"]
     assert not (tmp_path / "nf4/a-0").exists()
 
 

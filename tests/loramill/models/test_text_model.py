@@ -57,7 +57,11 @@ def test_the_base_is_the_text_model_of_the_checkpoint(whole: Gemma3ForConditiona
     with torch.no_grad():
         torch.testing.assert_close(text(tokens).logits, whole(tokens).logits)
     assert not any("vision" in name for name, _ in text.named_modules())
-    # A second call writes nothing.
+    # Other users can read it.
+    assert {file.stat().st_mode & 0o777 for file in found.folder.glob("*.safetensors")} == {0o644}
+    # A second call writes nothing, and takes no lock, which it can't in a folder that is read-only.
+    found.folder.with_suffix(".lock").unlink()
+    found.folder.with_suffix(".lock").mkdir()
     before = found.folder.stat()
     again = find_base(str(tmp_path / "whole"), tmp_path / "cache")
     assert (again, again.folder.stat()) == (found, before)
