@@ -21,8 +21,8 @@ MIN_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 #: Why an engine on a CPU can't serve a base in float8.
 FP8_ON_CPU = (
-    'serve.quantization = "fp8" needs a GPU, and the engine runs on the CPU: unset it, and set quantization to "int8" '
-    'or "nf4" for a base in fewer bits.'
+    'serve.quantization = "fp8" needs a GPU, and the engine runs on the CPU: unset it. quantization = "int8" or "nf4" '
+    "also stores a base in fewer bits, but not a mixture of experts."
 )
 
 
@@ -49,7 +49,8 @@ def fp8_problem(name: str, capability: tuple[int, int]) -> str | None:
     have, need = (f"{major}.{minor}" for major, minor in (capability, FP8_CAPABILITY))
     return (
         f'serve.quantization = "fp8" needs a GPU of compute capability {need} (Ada, Hopper) or newer, and {name} has '
-        f'{have}: unset it, and set quantization to "nf4" or "int8" for a base in fewer bits.'
+        f'{have}: unset it. quantization = "int8" or "nf4" also stores a base in fewer bits, but not a mixture of '
+        "experts."
     )
 
 

@@ -23,6 +23,9 @@ from loramill.sizing.memory import base_bytes
 from loramill.sizing.serving import EngineLimits, planned_limits, served_weight_bytes
 from loramill.types import GpuInfo
 
+#: Advice where the memory is too small; experts can't be quantized.
+_QUANTIZE = 'quantize the base (quantization = "nf4"), '
+
 
 @dataclass(frozen=True, slots=True)
 class GpuSetup:
@@ -99,8 +102,8 @@ def check_gpu_memory(base: Base, settings: Settings, gpus: Sequence[Gpu]) -> Non
         if needed > budget:
             raise NotEnoughMemory(
                 f"A training session needs {needed / 1e9:.1f} GB for the base {base.name}, and has "
-                f"{budget / 1e9:.1f} GB of {gpu}: lower jobs.per_gpu or serve.gpu_fraction, quantize the base "
-                '(quantization = "nf4"), or set jobs.use_gpu to false.'
+                f"{budget / 1e9:.1f} GB of {gpu}: lower jobs.per_gpu or serve.gpu_fraction, "
+                f"{'' if shape.experts else _QUANTIZE}or set jobs.use_gpu to false."
             )
 
 
@@ -131,8 +134,9 @@ def python_header() -> Path | None:
 def gpu_findings(setup: GpuSetup, settings: Settings) -> Iterator[Finding]:
     """Judges the GPUs, and what is needed to use them; a machine without a GPU has one finding."""
     required = settings.serve.device == "cuda" or settings.jobs.on_gpu
-    yield _judge_gpus(setup, required)
-    if settings.serve.quantization == "fp8" and not setup.visible:
+    seen = _judge_gpus(setup, required)
+    yield seen
+    if settings.serve.quantization == "fp8" and not setup.visible and seen.status is Status.OK:
         found = '"fp8" without a GPU, unless other nodes have them'
         yield Finding(what="serve.quantization", status=Status.WARN, found=found, fix=FP8_ON_CPU)
     if not setup.visible and not setup.machine:

@@ -238,7 +238,8 @@ def _switches(request: SizingRequest) -> Iterator[tuple[str, SizingRequest]]:
         yield "offload left out", replace(request, adjustable=request.adjustable | {"offload"})
     if spec.method == "full":
         yield 'method = "lora"', _with(request, method="lora", offload="none")
-    if request.quantization != "nf4" and spec.method != "full" and request.pool.device == "cuda":
+    quantizable = request.base.experts is None and request.quantization != "nf4"
+    if quantizable and spec.method != "full" and request.pool.device == "cuda":
         yield 'a base in quantization = "nf4" (a setting of the pool)', replace(request, quantization="nf4")
     if request.pool.sharers > 1:
         yield "a whole GPU (per_gpu = 1)", replace(request, pool=replace(request.pool, sharers=1))

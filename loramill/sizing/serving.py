@@ -43,8 +43,6 @@ _BATCH_TOKENS, _STEP_SHARE = (2048, 1024, 512, 256), 0.25
 #: The smallest useful KV cache, in tokens.
 _MIN_KV_TOKENS = 512
 
-_QUANTIZE_HINT = 'quantize the base (quantization = "nf4", or serve.quantization = "fp8")'
-
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -108,7 +106,7 @@ def gpu_limits(
         raise NotEnoughMemory(
             f"{gpu.name} has {max(0, free_bytes) / 1e9:.1f} GB for the engine besides the base, which is too little: "
             f"a step takes {step / 1e9:.1f} GB and adapters take {adapters / 1e9:.1f} GB. Raise serve.gpu_fraction, "
-            f"lower serve.max_batch_tokens, {_QUANTIZE_HINT}, or use a larger GPU."
+            f"lower serve.max_batch_tokens, {_quantize_hint(base)}, or use a larger GPU."
         )
     default = EngineLimits(
         max_batch_tokens=batch,
@@ -144,9 +142,15 @@ def planned_limits(
     if free < 0:
         raise NotEnoughMemory(
             f"The base's weights take {weights / 1e9:.1f} GB, and the engine has {share / 1e9:.1f} GB of {gpu}: raise "
-            f"serve.gpu_fraction, {_QUANTIZE_HINT}, or use a larger GPU."
+            f"serve.gpu_fraction, {_quantize_hint(base)}, or use a larger GPU."
         )
     return gpu_limits(gpu, base, served, settings, free_bytes=free, host_free_bytes=host_free_bytes)
+
+
+def _quantize_hint(base: Anatomy) -> str:
+    """How to quantize a base; the linears of a mixture of experts can be in float8 alone."""
+    nf4 = "" if base.experts else 'quantization = "nf4", or '
+    return f'quantize the base ({nf4}serve.quantization = "fp8")'
 
 
 def served_weight_bytes(base: Anatomy, quantization: ServedQuantization) -> int:

@@ -96,7 +96,14 @@ def test_an_engine_in_float8_needs_a_gpu_that_has_it(base: Base) -> None:
     found = findings(a10, **fp8)["gpu shares"]
     assert found.status is Status.ERROR and "NVIDIA A10 has 8.6" in found.fix
     without = findings(setup(visible=[], machine=[]), **fp8)["serve.quantization"]
-    assert without.status is Status.WARN and '"int8" or "nf4"' in without.fix
+    assert without.status is Status.WARN and '"int8" or "nf4" also' in without.fix
+    assert "not a mixture of experts" in without.fix
+
+
+def test_a_gpu_that_fp8_lacks_is_reported_once() -> None:
+    for lacking in (setup(visible=[], machine=[]), setup(visible=[], cuda=None)):
+        found = findings(lacking, serve={"quantization": "fp8", "device": "cuda"})
+        assert [name for name, each in found.items() if each.status is not Status.OK] == ["gpu"]
 
 
 def test_this_pythons_headers_and_compiler_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

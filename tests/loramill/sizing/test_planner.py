@@ -17,6 +17,7 @@ from loramill.jobs.train.batching import group_for_passes, pack, pad
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
 from loramill.sizing import ADJUSTABLE, Anatomy, GpuPool, SizingRequest, anatomy, check_targets, fit_spec, plan
+from loramill.sizing.anatomy import ExpertsShape
 from loramill.sizing.devices import gpu_bytes, memory_bytes
 from loramill.sizing.memory import (
     NF4_BYTES,
@@ -84,6 +85,11 @@ def test_65b_in_bf16_does_not_fit_48_gb_and_nf4_is_named() -> None:
     with pytest.raises(DoesNotFit) as refused:
         plan(sizing_request(LLAMA_65B, "none", "48GB", spec(rank=64)))
     assert any("nf4" in words for words in refused.value.nearest)
+    request = sizing_request(LLAMA_65B, "none", "48GB", spec(rank=64))
+    mixture = replace(request, base=replace(request.base, experts=ExpertsShape(1, 1, 1, 1, 1)))
+    with pytest.raises(DoesNotFit) as refused:
+        plan(mixture)
+    assert not any("nf4" in words for words in refused.value.nearest)
 
 
 def test_70b_in_nf4_does_not_fit_24_gb() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from itertools import accumulate
 from typing import get_args
@@ -20,7 +21,7 @@ from loramill.serve.engine.sampling.sampler import Sampler
 from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import ServeSettings
 from loramill.sizing import anatomy, serving
-from loramill.sizing.anatomy import LinearShape, llama_of
+from loramill.sizing.anatomy import ExpertsShape, LinearShape, llama_of
 from loramill.sizing.serving import (
     EngineLimits,
     cpu_limits,
@@ -126,6 +127,13 @@ def test_linears_that_have_no_product_in_few_bits_count_as_they_are() -> None:
     odd = dataclasses.replace(LLAMA, linears=(linear,), embedding_weights=0, other_weights=0)
     sizes = [served_weight_bytes(odd, quantization) for quantization in get_args(ServedQuantization)]
     assert sizes == [2 * 960, 960 + 4 * 24, 2 * 960, 2 * 960]
+
+
+def test_experts_are_not_advised_to_be_quantized() -> None:
+    mixture = dataclasses.replace(LLAMA, experts=ExpertsShape(1, 1, 1, 1, 1))
+    for base, advice in ((LLAMA, 'base (quantization = "nf4", or serve.'), (mixture, "base (serve.quantization = ")):
+        with pytest.raises(NotEnoughMemory, match=re.escape(advice)):
+            planned_limits(L4, base, "none", ServeSettings(gpu_fraction=0.1), HOST)
 
 
 def test_an_engine_in_float8_is_planned_by_its_settings() -> None:
