@@ -112,7 +112,7 @@ def settings_page() -> str:
         "in force and where each comes from."
     )
     sections = []
-    for section in ("", "serve", "jobs"):
+    for section in ("", "serve", "jobs", "retention"):
         rows = [
             (code(name), type_text(field), default_text(name, field), field.description or "")
             for name, field in fields

@@ -10,6 +10,7 @@
     ├── Forbidden                    403 forbidden
     ├── NotFound                     404 not_found
     │   └── ModelNotFound            404 model_not_found
+    │       └── VersionPruned        404 version_pruned         retention removed the version
     ├── Conflict                     409 conflict
     ├── Overloaded                   429 overloaded
     ├── QuotaExceeded                429 quota_exceeded
@@ -144,6 +145,12 @@ class ModelNotFound(NotFound):
     """`model` is not a base, adapter, alias or version that the key may use."""
 
     code = "model_not_found"
+
+
+class VersionPruned(ModelNotFound):
+    """The version existed, and retention removed it."""
+
+    code = "version_pruned"
 
 
 class Conflict(LoramillError):

@@ -24,7 +24,7 @@ from pydantic_settings import (
 
 from loramill.errors import SettingsInvalid
 from loramill.gpus import ray_share
-from loramill.types import Quantization, ServedQuantization
+from loramill.types import Quantization, RetentionPolicy, ServedQuantization
 
 #: A folder; its path may begin with ~ and is made absolute, since processes have different working folders.
 FolderPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -287,6 +287,9 @@ class Settings(BaseSettings):
     )
     serve: ServeSettings = Field(default=ServeSettings(), description="Gateways and engine replicas.")
     jobs: JobSettings = Field(default=JobSettings(), description="The pool that runs fine-tune jobs.")
+    retention: RetentionPolicy = Field(
+        default=RetentionPolicy(), description="Which versions and checkpoints the supervisor removes, every hour."
+    )
 
     @classmethod
     def settings_customise_sources(

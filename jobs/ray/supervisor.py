@@ -43,7 +43,9 @@ class Supervisor:
         _start_thread("orphans", _remove_orphans_periodically)
         _start_thread(
             "clean-up",
-            lambda: clean_up_periodically(registry, settings.checkpoints, interval_seconds=CLEANUP_SECONDS),
+            lambda: clean_up_periodically(
+                registry, settings.checkpoints, settings.retention, interval_seconds=CLEANUP_SECONDS
+            ),
         )
 
     def ping(self) -> list[str]:

@@ -14,7 +14,7 @@ from loramill.client.uploads import OnUpload, Source, Uploads
 from loramill.data.ingest import Columns
 from loramill.names import AdapterName
 from loramill.submission.options import drop_none
-from loramill.types import AdapterData, AdapterRecord, DeletionSummary, NewDataState
+from loramill.types import AdapterData, AdapterRecord, DeletionSummary, NewDataState, Removal, RetentionPolicy
 
 if TYPE_CHECKING:
     from loramill.client.files import FilesResource
@@ -61,6 +61,30 @@ class AdaptersResource:
         """Loads a version before its first request; returns the seconds that this took."""
         path = f"{_adapter_path(name)}/warm"
         return float(self._transport.request_json("POST", path, json={"version": version})["seconds"])
+
+    def set_retention(self, name: str, retention: RetentionPolicy | None) -> AdapterRecord:
+        """Sets which versions of an adapter are kept.
+
+        Args:
+            name: `tenant/adapter`.
+            retention: In place of the settings'; None: that of the settings.
+        """
+        terms = None if retention is None else retention.model_dump(exclude_none=True)
+        response = self._transport.request_json("POST", f"{_adapter_path(name)}/retention", json={"retention": terms})
+        return parse_object(AdapterRecord, response)
+
+    def prune(self, *, dry_run: bool = False, tenant: str | None = None) -> Sequence[Removal]:
+        """Removes the versions that the retention of their adapters no longer keeps; returns them.
+
+        A version that an alias, an evaluation, an open job, a running nightly run or a request since yesterday refers
+        to is never removed.
+
+        Args:
+            dry_run: Only return what would be removed.
+            tenant: Only this tenant's adapters (for an admin's key).
+        """
+        response = self._transport.request_json("POST", "/v1/adapters/prune", tenant=tenant, json={"dry_run": dry_run})
+        return [parse_object(Removal, row) for row in response["data"]]
 
     def delete(self, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
         """Deletes an adapter with its versions, jobs, history, evaluations and new data. Uploaded files are kept.

@@ -8,6 +8,7 @@ Everything that must outlive a process is stored here. The modules of this packa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,11 @@ from sqlalchemy.orm import Session
 from loramill.registry.artifacts.store import ArtifactStore
 from loramill.registry.database.engine import for_reading, for_writing, make_engine, parse_url, translate_db_errors
 from loramill.registry.database.migrate import check_current, migrate
-from loramill.registry.database.tables import DatasetRow, JobRow, VersionRow
+from loramill.registry.database.tables import DatasetRow, JobRow, PrunedVersionRow, VersionRow
+
+#: Seconds for which the files of a version stay after retention removed it: requests and jobs that began before may
+#: still load them. A request is admitted with a version that was read at most `serve.grace_seconds` (180) before.
+PRUNED_GRACE_SECONDS = 3600.0
 
 __all__ = ["ArtifactStore", "Registry", "migrate"]
 
@@ -95,6 +100,8 @@ class Registry:
         with self.reading() as session:
             columns = (DatasetRow.artifact, VersionRow.id, JobRow.result)
             known = {artifact for column in columns for artifact in session.scalars(select(column)) if artifact}
+            lately = PrunedVersionRow.pruned_at > time.time() - PRUNED_GRACE_SECONDS
+            known.update(session.scalars(select(PrunedVersionRow.version).where(lately)))
         return self.artifacts.sweep(known, older_than)
 
     def close(self) -> None:

@@ -14,11 +14,18 @@ from sqlalchemy import and_, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from loramill.errors import Conflict, ModelNotFound, NotFound
+from loramill.errors import Conflict, ModelNotFound, NotFound, VersionPruned
 from loramill.names import SHORT_HASH_LENGTH, AdapterName, is_version
 from loramill.registry import tenants
-from loramill.registry.database.tables import AdapterRow, AliasChangeRow, AliasRow, JobRow, VersionRow
-from loramill.types import AdapterRecord, Alias, AliasChange, VersionRecord
+from loramill.registry.database.tables import (
+    AdapterRow,
+    AliasChangeRow,
+    AliasRow,
+    JobRow,
+    PrunedVersionRow,
+    VersionRow,
+)
+from loramill.types import AdapterRecord, Alias, AliasChange, RetentionPolicy, VersionRecord
 
 
 def get_or_create(session: Session, name: AdapterName) -> AdapterRecord:
@@ -98,7 +105,7 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
     """Returns the version that an alias points to, or whose hash begins with the selector (at least 8 hex digits).
 
     Raises:
-        ModelNotFound: there is no such version, or more than one.
+        ModelNotFound: there is no such version, or more than one; VersionPruned if retention removed it.
     """
     model = f"The model '{name}@{selector}' does not exist"
     if selector in tuple(Alias):
@@ -122,6 +129,7 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
     if len(rows) > 1:
         raise ModelNotFound(f"{model}: several versions begin with these digits; give more digits.", param="model")
     if not rows:
+        _raise_if_pruned(session, name, selector, model)
         raise ModelNotFound(f"{model}: '{name}' has no version that begins with these digits.", param="model")
     return VersionRecord.model_validate(rows[0])
 
@@ -219,6 +227,18 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
     return _set_pinned(session, name, pinned=False)
 
 
+def set_retention(session: Session, name: AdapterName | str, policy: RetentionPolicy | None) -> AdapterRecord:
+    """Gives an adapter a retention of its own, or that of the settings (None).
+
+    Raises:
+        NotFound: there is no such adapter.
+    """
+    _lock(session, name)
+    session.get_one(AdapterRow, str(name)).retention = None if policy is None else policy.model_dump(exclude_none=True)
+    session.flush()
+    return get(session, name)
+
+
 def lock(session: Session, name: AdapterName | str) -> None:
     """Locks an adapter until the transaction ends, so that no one else can change or delete it.
 
@@ -269,6 +289,21 @@ def _check_not_pinned(session: Session, name: AdapterName | str) -> None:
         )
 
 
+def _raise_if_pruned(session: Session, name: AdapterName | str, digits: str, model: str) -> None:
+    pruned = select(PrunedVersionRow).where(
+        PrunedVersionRow.adapter == str(name), PrunedVersionRow.version.startswith(digits)
+    )
+    row = session.scalar(pruned.order_by(PrunedVersionRow.pruned_at.desc()).limit(1))
+    if row is not None:
+        day = time.strftime("%Y-%m-%d", time.gmtime(row.pruned_at))
+        raise VersionPruned(
+            f"{model} any more: retention removed it on {day}, since it was {row.reason}. Use an alias or another "
+            f"version (`loramill adapters show {name}`), or train it again; `loramill adapters retention {name}` "
+            "changes what is kept.",
+            param="model",
+        )
+
+
 def _set_pinned(session: Session, name: AdapterName | str, *, pinned: bool) -> AdapterRecord:
     session.get_one(AdapterRow, str(name)).pinned = pinned
     session.flush()
@@ -296,4 +331,11 @@ def _move_alias(session: Session, name: AdapterName | str, alias: Alias, version
 
 def _to_record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:
     pointers = {alias.value: version for alias, version in aliases.items()}
-    return AdapterRecord(name=row.name, tenant=row.tenant, created_at=row.created_at, pinned=row.pinned, **pointers)
+    return AdapterRecord(
+        name=row.name,
+        tenant=row.tenant,
+        created_at=row.created_at,
+        pinned=row.pinned,
+        retention=None if row.retention is None else RetentionPolicy.model_validate(row.retention),
+        **pointers,
+    )

@@ -30,13 +30,14 @@ from loramill.registry.database.tables import (
     JobRow,
     KeyRow,
     NightlyStepRow,
+    PrunedVersionRow,
     RateWindowRow,
     TenantRow,
     UsageRow,
     VersionRow,
 )
 from loramill.registry.jobs import transitions
-from loramill.types import Alias, DeletionSummary, JobStatus
+from loramill.types import Alias, DeletionSummary, JobStatus, VersionRecord
 
 _OPEN_STATUSES = [status for status in JobStatus if not status.final]
 #: Maximum number of jobs that an error message names; a tenant may have thousands.
@@ -90,19 +91,29 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
     adapters.lock(session, name)
     row = adapters.get_owned_version(session, name, version)
     _release_aliases(session, name, version, shown, force=force)
-    of_version = (AliasChangeRow.adapter == str(name)) & (AliasChangeRow.version == version)
-    note = f" ({version[:SHORT_HASH_LENGTH]}, since deleted)"
+    remove_version(session, row)
+    return DeletionSummary(versions=1)
+
+
+def remove_version(session: Session, version: VersionRecord) -> None:
+    """Removes a version that no alias points to, with its evaluations; the caller has locked its adapter.
+
+    Its job and its checkpoints stay, without it. The moves of aliases to it stay in the history.
+    """
+    name, id_ = version.adapter, version.id
+    of_version = (AliasChangeRow.adapter == name) & (AliasChangeRow.version == id_)
+    note = f" ({id_[:SHORT_HASH_LENGTH]}, since deleted)"
     _execute(
         session, update(AliasChangeRow).where(of_version).values(version=None, reason=AliasChangeRow.reason + note)
     )
-    _execute(session, delete(EvaluationRow).where(EvaluationRow.adapter == str(name), EvaluationRow.version == version))
-    jobs = select(JobRow.id).where(JobRow.tenant == adapter.tenant, JobRow.spec["adapter"].as_string() == str(name))
-    checkpoints = (CheckpointRow.version == version) & CheckpointRow.job.in_(jobs)
+    _execute(session, delete(EvaluationRow).where(EvaluationRow.adapter == name, EvaluationRow.version == id_))
+    tenant = AdapterName.parse(name).tenant
+    jobs = select(JobRow.id).where(JobRow.tenant == tenant, JobRow.spec["adapter"].as_string() == name)
+    checkpoints = (CheckpointRow.version == id_) & CheckpointRow.job.in_(jobs)
     _execute(session, update(CheckpointRow).where(checkpoints).values(version=None))
-    if row.job is not None:
-        _execute(session, update(JobRow).where(JobRow.id == row.job).values(result=None))
-    _execute(session, delete(VersionRow).where(VersionRow.adapter == str(name), VersionRow.id == version))
-    return DeletionSummary(versions=1)
+    if version.job is not None:
+        _execute(session, update(JobRow).where(JobRow.id == version.job, JobRow.version == id_).values(result=None))
+    _execute(session, delete(VersionRow).where(VersionRow.adapter == name, VersionRow.id == id_))
 
 
 def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
@@ -187,7 +198,15 @@ def _release_aliases(session: Session, name: AdapterName | str, version: str, sh
 def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
     """Deletes adapters with everything that refers to them, except for their jobs."""
     names = select(AdapterRow.name).where(condition)
-    for table in (NightlyStepRow, AdapterDataRow, EvaluationRow, AliasChangeRow, AliasRow, VersionRow):
+    for table in (
+        NightlyStepRow,
+        AdapterDataRow,
+        EvaluationRow,
+        AliasChangeRow,
+        AliasRow,
+        VersionRow,
+        PrunedVersionRow,
+    ):
         _execute(session, delete(table).where(table.adapter.in_(names)))
     _execute(session, delete(AdapterRow).where(condition))
 

@@ -19,6 +19,7 @@ from loramill.registry.database.tables import (
     JobRow,
     NightlyRunRow,
     NightlyStepRow,
+    PrunedVersionRow,
     VersionRow,
 )
 from loramill.types import AdapterRecord
@@ -27,8 +28,8 @@ from loramill.types import AdapterRecord
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
     """Renames an adapter.
 
-    Versions, aliases and their history, the pin, evaluations, new data, past nightly steps and jobs (running jobs as
-    well) follow. Usage and audit rows keep the old name.
+    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps and jobs
+    (running jobs as well) follow. Usage and audit rows keep the old name.
 
     Raises:
         NotFound: there is no such adapter.
@@ -52,7 +53,7 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
     _check_no_nightly_run(session, name)
     _copy_adapter(session, name, to)
     _copy_versions(session, name, to)
-    for table in (AliasRow, AliasChangeRow, EvaluationRow, NightlyStepRow, AdapterDataRow):
+    for table in (AliasRow, AliasChangeRow, EvaluationRow, NightlyStepRow, AdapterDataRow, PrunedVersionRow):
         session.execute(
             update(table).where(table.adapter == str(name)).values(adapter=str(to)),
             execution_options={"synchronize_session": False},
@@ -85,7 +86,15 @@ def _copy_adapter(session: Session, name: AdapterName, to: AdapterName) -> None:
     old = session.get_one(AdapterRow, str(name))
     try:
         with session.begin_nested():
-            session.add(AdapterRow(name=str(to), tenant=old.tenant, created_at=old.created_at, pinned=old.pinned))
+            session.add(
+                AdapterRow(
+                    name=str(to),
+                    tenant=old.tenant,
+                    created_at=old.created_at,
+                    pinned=old.pinned,
+                    retention=old.retention,
+                )
+            )
     except IntegrityError as error:
         raise Conflict(
             f"The adapter '{to}' already exists; delete it first, or choose another name.", param="to"

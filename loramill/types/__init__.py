@@ -28,6 +28,7 @@ from loramill.types.jobs import (
     TrainOn,
 )
 from loramill.types.nightly import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAsideData, StepStatus
+from loramill.types.retention import Removal, RetentionPolicy
 from loramill.types.tenants import AuditRecord, KeyRecord, Limits, RateWindow, Scope, TenantRecord, UsageRecord
 
 __all__ = [
@@ -62,6 +63,8 @@ __all__ = [
     "PendingAction",
     "Quantization",
     "RateWindow",
+    "Removal",
+    "RetentionPolicy",
     "Schedule",
     "Scope",
     "ServedQuantization",

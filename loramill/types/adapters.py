@@ -7,6 +7,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from loramill.types.base import FrozenModel
+from loramill.types.retention import RetentionPolicy
 
 
 class Alias(StrEnum):
@@ -27,6 +28,9 @@ class AdapterRecord(FrozenModel):
     challenger: str | None = Field(default=None, description="Version of the last nightly run, if it was not promoted.")
     previous: str | None = Field(default=None, description="Version that was the champion before.")
     pinned: bool = Field(default=False, description="Whether the champion is pinned.")
+    retention: RetentionPolicy | None = Field(
+        default=None, description="Retention of its versions. Null: that of the settings."
+    )
 
 
 class VersionRecord(FrozenModel):

@@ -35,6 +35,7 @@ from loramill.serve.api.routes import (
     health,
     job_batches,
     models,
+    retention,
     tenants,
     usage,
 )
@@ -52,6 +53,7 @@ ROUTERS = (
     job_batches.router,
     *adapters.ROUTERS,
     deletion.router,
+    retention.router,
     tenants.router,
     usage.router,
     audit.router,

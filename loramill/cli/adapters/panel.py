@@ -13,6 +13,7 @@ from loramill.cli.adapters.generate import generate
 from loramill.cli.adapters.import_folder import import_adapter
 from loramill.cli.adapters.merge import merge
 from loramill.cli.adapters.nightly import drop, retry, run, show_data, show_run
+from loramill.cli.adapters.retention import prune_adapters, set_retention
 from loramill.cli.adapters.show import list_adapters, rename_adapter, show_adapter
 from loramill.cli.groups import ListByDefault
 
@@ -35,6 +36,8 @@ def add_adapter_commands(app: typer.Typer) -> None:
     adapters.command("pin")(pin)
     adapters.command("unpin")(unpin)
     adapters.command("warm")(warm)
+    adapters.command("retention")(set_retention)
+    adapters.command("prune")(prune_adapters)
     data.command("add")(add_data)
     data.command("list")(list_data)
     nightly.command("run")(run)

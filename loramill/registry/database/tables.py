@@ -187,13 +187,17 @@ class EventRow(TableBase):
 
 
 class AdapterRow(TableBase):
-    """A name that a tenant owns. The champion of a `pinned` adapter does not change."""
+    """A name that a tenant owns. The champion of a `pinned` adapter does not change.
+
+    `retention` is a `RetentionPolicy`; null: that of the settings.
+    """
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
     created_at: Mapped[float]
     pinned: Mapped[bool] = mapped_column(default=False, server_default=false())
+    retention: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class VersionRow(TableBase):
@@ -206,6 +210,16 @@ class VersionRow(TableBase):
     base: Mapped[str] = mapped_column(String(64))
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float]
+
+
+class PrunedVersionRow(TableBase):
+    """A version that retention removed, so that its name is answered with the reason; its files stay for a while."""
+
+    __tablename__ = "pruned_versions"
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
+    version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    reason: Mapped[str]
+    pruned_at: Mapped[float] = mapped_column(index=True)
 
 
 class AliasRow(TableBase):

@@ -264,5 +264,6 @@ def _check_start(session: Session, tenant: str, version_id: str) -> None:
     owned = select(VersionRow.id).where(
         VersionRow.id == version_id, VersionRow.adapter.startswith(f"{tenant}/", autoescape=True)
     )
-    if session.scalar(owned) is None:
+    # Locked until the job is inserted, so that retention sees the job or the job does not see the version.
+    if session.scalar(owned.with_for_update(read=True, key_share=True)) is None:
         raise NotFound(f"There is no version '{version_id}' to start from.", param="start_from")

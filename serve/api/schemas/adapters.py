@@ -17,6 +17,8 @@ from loramill.types import (
     DeletionSummary,
     EvaluationRecord,
     NewDataState,
+    Removal,
+    RetentionPolicy,
     VersionRecord,
 )
 
@@ -46,6 +48,24 @@ class RenameRequest(RequestBody):
     """An adapter's new name."""
 
     to: str = Field(description="The new name, `tenant/adapter`, with the same tenant.")
+
+
+class RetentionTerms(RequestBody, RetentionPolicy):
+    """Which versions of an adapter are kept. What is not given is unset."""
+
+
+class RetentionRequest(RequestBody):
+    """The retention of an adapter."""
+
+    retention: RetentionTerms | None = Field(
+        default=None, description="Which versions are kept. Default: those that the settings keep."
+    )
+
+
+class PruneRequest(RequestBody):
+    """How versions are removed."""
+
+    dry_run: bool = Field(default=False, description="Only list what would be removed.")
 
 
 class ImportForm(BaseModel):
@@ -125,6 +145,14 @@ class VersionDeleted(TypedDict):
     id: Annotated[str, Field(description="Name of the version, `tenant/adapter@version`.")]
     object: ObjectType[Literal["adapter.version"]]
     deleted: Deleted
+
+
+class AdapterRemoval(Removal):
+    """A version that is removed, or would be."""
+
+    model_config = ALL_FIELDS
+
+    object: ObjectType[Literal["adapter.removal"]]
 
 
 class Adapter(AdapterRecord):

@@ -16,8 +16,11 @@ from loramill.jobs.scheduling.cleanup import (
     clean_up,
     remove_ended_checkpoints,
 )
-from loramill.registry import Registry, datasets, deletion, jobs, migrate, tenants
-from loramill.types import JobSpec
+from loramill.names import AdapterName
+from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, tenants
+from loramill.types import JobSpec, RetentionPolicy
+
+OFF, DAY = RetentionPolicy(), 86400.0
 
 
 @pytest.fixture
@@ -61,11 +64,23 @@ def test_ended_jobs_lose_their_checkpoints_failed_ones_after_a_week(registry: Re
         return {folder.name for folder in checkpoints.iterdir()}
 
     now = time.time()
-    assert remove_ended_checkpoints(registry, checkpoints, now=now) == 0  # its worker may be about to
-    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), now=now + ENDED_JOB_RETENTION_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, checkpoints, OFF, now=now) == 0  # its worker may be about to
+    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), OFF, now=now + ENDED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, failed, "not-a-job"}
-    assert remove_ended_checkpoints(registry, checkpoints, now=now + FAILED_JOB_RETENTION_SECONDS + 1) == 1
+    assert remove_ended_checkpoints(registry, checkpoints, RetentionPolicy(checkpoint_days=9), now=now + 8 * DAY) == 0
+    assert remove_ended_checkpoints(registry, checkpoints, OFF, now=now + FAILED_JOB_RETENTION_SECONDS + 1) == 1
     assert left() == {waiting, "not-a-job"}
+
+
+def test_the_retention_of_an_adapter_decides_about_its_failed_jobs(registry: Registry, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    fail(registry, submitted(registry, checkpoints))
+    with registry.writing() as session:
+        adapters.get_or_create(session, AdapterName("acme", "loud"))
+        adapters.set_retention(session, "acme/loud", RetentionPolicy(checkpoint_days=1))
+    for_all = RetentionPolicy(checkpoint_days=5)
+    assert remove_ended_checkpoints(registry, checkpoints, for_all, now=time.time() + 0.9 * DAY) == 0
+    assert remove_ended_checkpoints(registry, checkpoints, for_all, now=time.time() + 1.1 * DAY) == 1
 
 
 def test_checkpoints_of_deleted_jobs_are_removed_at_once(registry: Registry, tmp_path: Path) -> None:
@@ -73,10 +88,10 @@ def test_checkpoints_of_deleted_jobs_are_removed_at_once(registry: Registry, tmp
     failed, _ = submitted(registry, checkpoints), submitted(registry, checkpoints)
     fail(registry, failed)
     (checkpoints / "loramill-sessions").mkdir()
-    assert remove_ended_checkpoints(registry, checkpoints, now=time.time()) == 0
+    assert remove_ended_checkpoints(registry, checkpoints, OFF, now=time.time()) == 0
     with registry.writing() as session:
         deletion.delete_tenant(session, "acme", cancel_jobs=True)
-    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), now=time.time()) == 2
+    assert remove_ended_checkpoints(registry, checkpoints.as_uri(), OFF, now=time.time()) == 2
     assert {folder.name for folder in checkpoints.iterdir()} == {"loramill-sessions"}
 
 
@@ -86,7 +101,7 @@ def test_unrecorded_artifacts_are_removed(registry: Registry, tmp_path: Path) ->
     yesterday = time.time() - ARTIFACT_GRACE_SECONDS - 60
     for folder in (tmp_path / "artifacts").glob("[0-9a-f][0-9a-f]/*"):
         os.utime(folder, (yesterday, yesterday))
-    assert clean_up(registry, tmp_path / "nowhere", now=time.time()) == 1
+    assert clean_up(registry, tmp_path / "nowhere", OFF, now=time.time()) == 1
     assert not (tmp_path / "artifacts" / forgotten[:2] / forgotten).exists()
     with registry.reading() as session:
         (kept,) = datasets.list_datasets(session, "acme", None, 10)

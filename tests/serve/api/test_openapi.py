@@ -52,6 +52,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "POST /v1/fine_tuning/jobs/{job_id}/retry": {},
     "POST /v1/adapters/{tenant}/{adapter}/promote": {"json": {"version": "previous"}},
     "POST /v1/adapters/{tenant}/{adapter}/rollback": {},
+    "POST /v1/adapters/{tenant}/{adapter}/retention": {"json": {"retention": {"version_days": 1.5}}},
     "POST /v1/tenants": {"json": {"name": "described"}},
     "POST /v1/tenants/batch": {"json": {"tenants": [{"name": "listed", "weight": 2}], "keys": True}},
     "POST /v1/tenants/{tenant}/share": {"json": {"weight": 2.0, "max_queued": "unlimited"}},

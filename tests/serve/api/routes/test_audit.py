@@ -77,6 +77,12 @@ def _deleting_a_version(stage: Stage) -> httpx.Response:
     return stage.own.delete(f"/v1/adapters/{stage.tenant}/a/versions/{challenger}", params={"force": "true"})
 
 
+def _pruning(stage: Stage) -> httpx.Response:
+    stage.site.publish(f"{stage.tenant}/a", f"{stage.tenant} 2")  # nothing refers to the challenger before any more
+    stage.own.post(f"/v1/adapters/{stage.tenant}/a/retention", json={"retention": {"keep_versions": 1}})
+    return stage.own.post("/v1/adapters/prune")
+
+
 #: How each endpoint is called, its action in the audit, and whether an admin calls it.
 CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/tenants": (lambda s: s.admin.post("/v1/tenants", json={"name": f"{s.tenant}-b"}), "tenant.create", True),
@@ -151,6 +157,12 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
         "adapter.rename",
         False,
     ),
+    "POST /v1/adapters/*/*/retention": (
+        lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/retention", json={}),
+        "adapter.retention",
+        False,
+    ),
+    "POST /v1/adapters/prune": (_pruning, "adapter.prune", False),
     "DELETE /v1/adapters/*/*": (lambda s: s.own.delete(f"/v1/adapters/{s.tenant}/a"), "adapter.delete", False),
     "DELETE /v1/adapters/*/*/versions/*": (_deleting_a_version, "version.delete", False),
     "DELETE /v1/models/*": (lambda s: s.own.delete(f"/v1/models/{s.tenant}/a"), "adapter.delete", False),
