@@ -35,7 +35,6 @@ from loramill.serve.api.routes import (
     health,
     job_batches,
     models,
-    retention,
     tenants,
     usage,
 )
@@ -53,7 +52,6 @@ ROUTERS = (
     job_batches.router,
     *adapters.ROUTERS,
     deletion.router,
-    retention.router,
     tenants.router,
     usage.router,
     audit.router,

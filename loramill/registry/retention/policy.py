@@ -30,7 +30,7 @@ class StoredVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RetentionDecision:
     """Whether a version is removed, and why or why not."""
 
     version: StoredVersion
@@ -38,8 +38,8 @@ class Verdict:
     reason: str
 
 
-def decide(versions: Sequence[StoredVersion], policy: RetentionPolicy, *, now: float) -> tuple[Verdict, ...]:
-    """Decides about all versions of one adapter; the verdicts are in the order of the versions.
+def decide(versions: Sequence[StoredVersion], policy: RetentionPolicy, *, now: float) -> tuple[RetentionDecision, ...]:
+    """Decides about all versions of one adapter; the decisions are in the order of the versions.
 
     What is pinned counts among the newest. Checkpoints are counted per job, by their steps.
     """
@@ -70,23 +70,23 @@ def _best_ranks(members: Iterable[tuple[str, tuple[float, str]]]) -> dict[str, i
     return ranks
 
 
-def _judge(version: StoredVersion, rank: int, policy: RetentionPolicy, now: float) -> Verdict:
+def _judge(version: StoredVersion, rank: int, policy: RetentionPolicy, now: float) -> RetentionDecision:
     if version.pins:
-        return Verdict(version, remove=False, reason=", ".join(version.pins))
+        return RetentionDecision(version, remove=False, reason=", ".join(version.pins))
     if version.checkpoint_steps:
         what, keep, days = "its job's {} checkpoint", policy.keep_checkpoints, policy.checkpoint_days
     else:
         what, keep, days = "its adapter's {} version", policy.keep_versions, policy.version_days
     if keep is None and days is None:
-        return Verdict(version, remove=False, reason="no retention is set")
+        return RetentionDecision(version, remove=False, reason="no retention is set")
     if keep is not None and rank < keep:
-        return Verdict(version, remove=False, reason=_newest(what, keep))
+        return RetentionDecision(version, remove=False, reason=_newest(what, keep))
     age = (now - version.created_at) / DAY_SECONDS
     if days is not None and age < days:
-        return Verdict(version, remove=False, reason=f"younger than {_days(days)}")
+        return RetentionDecision(version, remove=False, reason=f"younger than {_days(days)}")
     reasons = [f"not {_newest(what, keep)}"] if keep is not None else []
     reasons += [f"older than {_days(days)}"] if days is not None else []
-    return Verdict(version, remove=True, reason=" and ".join(reasons))
+    return RetentionDecision(version, remove=True, reason=" and ".join(reasons))
 
 
 def _newest(what: str, count: int) -> str:

@@ -123,13 +123,13 @@ def _removals(name: str, versions: Sequence[StoredVersion], policy: RetentionPol
     return [
         Removal(
             adapter=name,
-            version=verdict.version.id,
-            kind="checkpoint" if verdict.version.checkpoint_steps else "version",
-            job=verdict.version.job,
-            bytes=verdict.version.bytes,
-            created_at=verdict.version.created_at,
-            reason=verdict.reason,
+            version=decision.version.id,
+            kind="checkpoint" if decision.version.checkpoint_steps else "version",
+            job=decision.version.job,
+            bytes=decision.version.bytes,
+            created_at=decision.version.created_at,
+            reason=decision.reason,
         )
-        for verdict in decide(versions, policy, now=now)
-        if verdict.remove
+        for decision in decide(versions, policy, now=now)
+        if decision.remove
     ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.registry.retention.policy import DAY_SECONDS, StoredVersion, Verdict, decide
+from loramill.registry.retention.policy import DAY_SECONDS, StoredVersion, RetentionDecision, decide
 from loramill.types import RetentionPolicy
 
 NOW = 1000 * DAY_SECONDS
@@ -24,9 +24,9 @@ CHECKPOINTS = [version(str(step), 5 - step, steps=(("ftjob-1", step),)) for step
 
 
 def removed(versions: list[StoredVersion], **policy: float) -> str:
-    verdicts = decide(versions, RetentionPolicy.model_validate(policy), now=NOW)
-    assert [verdict.version for verdict in verdicts] == versions
-    return "".join(verdict.version.id for verdict in verdicts if verdict.remove)
+    decisions = decide(versions, RetentionPolicy.model_validate(policy), now=NOW)
+    assert [decision.version for decision in decisions] == versions
+    return "".join(decision.version.id for decision in decisions if decision.remove)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_a_checkpoint_of_two_jobs_is_kept_for_either() -> None:
 def test_a_pinned_version_is_kept_and_counts_among_the_newest() -> None:
     versions = [*FIVE[:3], version("d", 10, pins=("champion",)), version("p", 90, pins=("previous", "evaluated"))]
     assert removed(versions, keep_versions=2) == "ab"
-    kept = {verdict.version.id: verdict for verdict in decide(versions, RetentionPolicy(keep_versions=1), now=NOW)}
-    assert kept["p"] == Verdict(versions[4], remove=False, reason="previous, evaluated")
+    kept = {decision.version.id: decision for decision in decide(versions, RetentionPolicy(keep_versions=1), now=NOW)}
+    assert kept["p"] == RetentionDecision(versions[4], remove=False, reason="previous, evaluated")
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_pinned_version_is_kept_and_counts_among_the_newest() -> None:
         ),
     ],
 )
-def test_every_verdict_has_its_reason(policy: dict[str, float], reasons: list[str]) -> None:
-    verdicts = decide(FIVE, RetentionPolicy.model_validate(policy), now=NOW)
-    assert [verdict.reason for verdict in verdicts] == reasons
+def test_every_decision_has_its_reason(policy: dict[str, float], reasons: list[str]) -> None:
+    decisions = decide(FIVE, RetentionPolicy.model_validate(policy), now=NOW)
+    assert [decision.reason for decision in decisions] == reasons
 
 
 NAMES = st.text("abcdef", min_size=1, max_size=3)
@@ -127,7 +127,7 @@ POLICIES = st.builds(
 def test_pins_numbers_and_ages_are_kept_for_any_versions(
     versions: list[StoredVersion], policy: RetentionPolicy
 ) -> None:
-    gone = {verdict.version.id for verdict in decide(versions, policy, now=NOW) if verdict.remove}
+    gone = {decision.version.id for decision in decide(versions, policy, now=NOW) if decision.remove}
     results = [each for each in versions if not each.checkpoint_steps]
     kept_results = {
         each.id for each in sorted(results, key=lambda each: (each.created_at, each.id))[-(policy.keep_versions or 0) :]
@@ -147,5 +147,5 @@ def test_pins_numbers_and_ages_are_kept_for_any_versions(
 
 @given(VERSIONS, POLICIES)
 def test_what_is_left_is_kept_by_the_same_policy(versions: list[StoredVersion], policy: RetentionPolicy) -> None:
-    left = [verdict.version for verdict in decide(versions, policy, now=NOW) if not verdict.remove]
-    assert not any(verdict.remove for verdict in decide(left, policy, now=NOW))
+    left = [decision.version for decision in decide(versions, policy, now=NOW) if not decision.remove]
+    assert not any(decision.remove for decision in decide(left, policy, now=NOW))

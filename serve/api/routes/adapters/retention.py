@@ -13,7 +13,7 @@ from loramill.registry import adapters
 from loramill.registry.retention.prune import plan, prune
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.responses import ERRORS, returns
-from loramill.serve.api.routes.adapters import ADAPTER_PATH, adapter_object, authorized_name
+from loramill.serve.api.routes.adapters.common import ADAPTER_PATH, adapter_object, authorized_name
 from loramill.serve.api.routes.audit import record_change
 from loramill.serve.api.schemas.adapters import Adapter, AdapterRemoval, PruneRequest, RetentionRequest
 from loramill.serve.api.schemas.common import AdapterPath, ListObject, TenantPath, list_object
