@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.registry.retention.policy import DAY_SECONDS, StoredVersion, RetentionDecision, decide
+from loramill.registry.retention.policy import DAY_SECONDS, RetentionDecision, StoredVersion, decide
 from loramill.types import RetentionPolicy
 
 NOW = 1000 * DAY_SECONDS
