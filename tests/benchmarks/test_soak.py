@@ -13,7 +13,7 @@ import torch
 
 from loramill.errors import EngineFault, Unavailable
 from loramill.models.catalog import Base
-from loramill.serve.engine import Engine, FinishReason, engine
+from loramill.serve.engine import Engine, FinishReason, model_runner
 from loramill.serve.engine.adapters.residency import Residency
 from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.scheduling import scheduler
@@ -113,7 +113,7 @@ def find_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """If three decode together, the last gets a token that was not sampled from its row."""
-    sample = engine.sample
+    sample = model_runner.sample
 
     def wrong(logits: torch.Tensor, samplers: list) -> list[int | None]:
         chosen = sample(logits, samplers)
@@ -121,7 +121,7 @@ def give_wrong_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
             chosen[-1] = (chosen[-1] + 1) % VOCABULARY
         return chosen
 
-    monkeypatch.setattr(engine, "sample", wrong)
+    monkeypatch.setattr(model_runner, "sample", wrong)
 
 
 def share_prefixes_between_versions(monkeypatch: pytest.MonkeyPatch) -> None:
