@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import ssl
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +20,9 @@ from .llama import tiny_llama, write_base
 
 # The readline that pytest loads exports COLUMNS to the processes of pytest-xdist, where it would fold every table.
 os.environ.pop("COLUMNS", None)
+
+# Each client of httpx reads the certificate authorities, for 24 ms; tests use plain HTTP, and share what is read once.
+ssl.create_default_context = cache(ssl.create_default_context)
 
 # An example may take any time: on a busy machine one of 16 ms took 570 ms.
 hypothesis.settings.register_profile("loramill", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
