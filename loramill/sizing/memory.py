@@ -150,7 +150,7 @@ def estimate(
             logits,
             scratch(spec, base, trained, row, device, logits, quantization, dtype_bytes),
         ],
-        checkpoint_bytes=(12 + 4 * trained.extra_state) * trained.weights + 4 * trained.frozen,
+        checkpoint_bytes=checkpoint_bytes(trained),
         layer_bytes=one_layer(base, trained, row, device, dtype_bytes),
         # A base was loaded in the dtype of its file before it was converted to another.
         hole_bytes=2 * base.parameters if dtype_bytes == 4 else 0,
@@ -186,6 +186,11 @@ def total(
             MemoryItem("checkpoint", writing, "while it is written"),
         ]
     return MemoryEstimate(tuple(item for item in items if item.bytes))
+
+
+def checkpoint_bytes(trained: TrainedElements) -> int:
+    """Size of a checkpoint in the middle of the training: weights, moments, and what the method keeps."""
+    return (12 + 4 * trained.extra_state) * trained.weights + 4 * trained.frozen
 
 
 def framework(device: Device) -> MemoryItem:
@@ -259,9 +264,9 @@ def activations(
         kept = row.tokens * base.hidden * dtype_bytes * layers
         how = ", which are recomputed"
     else:
-        own = trained.attention_outputs * _layer(base, row, device, dtype_bytes, True)
-        own += (layers - trained.attention_outputs) * _layer(base, row, device, dtype_bytes, False)
-        kept = row.tokens * (own + dtype_bytes * trained.saved) + _cast(trained, dtype_bytes) * trained.cast
+        own = trained.attention_outputs * token_bytes(base, row, device, dtype_bytes, True)
+        own += (layers - trained.attention_outputs) * token_bytes(base, row, device, dtype_bytes, False)
+        kept = row.tokens * (own + dtype_bytes * trained.saved) + cast_bytes(trained, dtype_bytes) * trained.cast
         how = ""
     return MemoryItem("activations", kept + mask, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
@@ -277,10 +282,32 @@ def scratch(
     dtype_bytes: int = 2,
 ) -> MemoryItem:
     """Temporary tensors of the backward pass of a layer, as far as they exceed the logits, which are freed by then."""
+    recomputed = one_layer(base, trained, row, device, dtype_bytes) if spec.gradient_checkpointing else None
+    scales_rows = spec.method == "dora"
+    return pass_scratch(base, row, device, logits, quantization, dtype_bytes, recomputed, scales_rows=scales_rows)
+
+
+def pass_scratch(
+    base: Anatomy,
+    row: MemoryRow,
+    device: Device,
+    logits: MemoryItem,
+    quantization: Quantization,
+    dtype_bytes: int,
+    recomputed: int | None,
+    *,
+    scales_rows: bool,
+) -> MemoryItem:
+    """`scratch` of a pass of any jobs.
+
+    Args:
+        recomputed: what a layer saves, if layers are recomputed.
+        scales_rows: whether the pass has a DoRA.
+    """
     b = dtype_bytes
     # The gradients of the MLP's product and of its two factors. DoRA also scales the product's; and a layer that is not
     # recomputed has a fourth.
-    mlp = (3 if spec.gradient_checkpointing and spec.method != "dora" else 4) * b * base.intermediate
+    mlp = (4 if recomputed is None or scales_rows else 3) * b * base.intermediate
     attention = _flash_gradients(base, b) if needs_no_mask(base, device, b) else 0
     if base.caps_attention:
         attention = (4 + b) * base.heads * row.width
@@ -292,8 +319,7 @@ def scratch(
         passing += row.tokens * b * base.experts.top_k * base.hidden  # the gradients of their outputs
     if device == "cpu" and base.norms > 2:
         passing += row.tokens * 2 * 4 * base.hidden  # Gemma's norms have gradients in fp32
-    if spec.gradient_checkpointing:
-        passing += one_layer(base, trained, row, device, b)
+    passing += recomputed or 0
     if device == "cuda" and quantization == "nf4":
         passing += b * max(linear.weights for linear in base.linears)
     fixed = _CUBLAS if device == "cuda" else 0
@@ -302,16 +328,16 @@ def scratch(
 
 def one_layer(base: Anatomy, trained: TrainedElements, row: MemoryRow, device: Device, b: int) -> int:
     """Bytes that the layer with the most adapters saves in a pass."""
-    own = _layer(base, row, device, b, bool(trained.attention_outputs)) + b * trained.max_layer_saved
-    return row.tokens * own + _cast(trained, b) * trained.max_layer_cast
+    own = token_bytes(base, row, device, b, bool(trained.attention_outputs)) + b * trained.max_layer_saved
+    return row.tokens * own + cast_bytes(trained, b) * trained.max_layer_cast
 
 
-def _cast(trained: TrainedElements, b: int) -> int:
+def cast_bytes(trained: TrainedElements, b: int) -> int:
     """Bytes of a weight of A or B that is cast to the base's dtype; 0 if it is not cast."""
     return b if b < 4 or trained.frozen else 0
 
 
-def _layer(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
+def token_bytes(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
     """Bytes per token that a layer of the base saves: its norms, attention, and the gated MLP.
 
     A norm saves its input: `jobs.train.ops` in the base's dtype, transformers in fp32. A fused kernel of attention

@@ -139,7 +139,7 @@ def plan(request: SizingRequest) -> SizingPlan:
 def fastest_fit(request: SizingRequest) -> SizingPlan | None:
     """The fastest choice that fits, or None."""
     fit = [each for each in candidate_plans(request) if each.memory.bytes <= request.pool.budget_bytes]
-    return min(fit, key=partial(_cost, request), default=None)
+    return min(fit, key=partial(relative_cost, request), default=None)
 
 
 def candidate_plans(request: SizingRequest) -> Iterator[SizingPlan]:
@@ -207,7 +207,7 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _cost(request: SizingRequest, plan: SizingPlan) -> float:
+def relative_cost(request: SizingRequest, plan: SizingPlan) -> float:
     """Time per token, relative to an infinitely long pass; of equal plans, the first is taken."""
     nf4 = request.quantization == "nf4" and request.pool.device == "cuda"
     calls = 1 + (_OVERHEAD_NF4 if nf4 else _OVERHEAD) / plan.row.tokens

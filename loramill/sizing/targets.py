@@ -31,6 +31,9 @@ class TrainedElements:
             most, without the input of Llama's o_proj.
         attention_outputs: number of layers in which that input is saved.
         cast, max_layer_cast: elements that they save per pass: A and B in the base's dtype.
+        inputs: the inputs that they save, each with its layer, the first linear that takes it, and its elements per
+            token; `saved` contains them. Adapters that share a pass share them.
+        attended_layers: the layers that `attention_outputs` counts.
     """
 
     weights: int
@@ -43,6 +46,8 @@ class TrainedElements:
     attention_outputs: int
     cast: int
     max_layer_cast: int
+    inputs: frozenset[tuple[int, str, int]] = frozenset()
+    attended_layers: frozenset[int] = frozenset()
 
 
 def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
@@ -51,10 +56,11 @@ def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
     Raises:
         InvalidRequest: a target, layer or pattern matches nothing.
     """
-    weights = fixed = gradients = attended = 0
+    weights = fixed = gradients = 0
+    attended: set[int] = set()
     kept: dict[int, int] = {}
     copied: dict[int, int] = {}
-    inputs: set[tuple[int, str]] = set()
+    inputs: dict[tuple[int, str], int] = {}
     for linear, rank in adapted_linears(spec, base.linears):
         own = rank * (linear.d_in + linear.d_out)
         halves = 2 if spec.method == "pissa" else 1
@@ -62,8 +68,10 @@ def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
         source = (linear.layer, _SAME_INPUT.get(linear.suffix, linear.suffix) if base.llama_like else linear.name)
         output = base.llama_like and linear.suffix == "o_proj"
         entering = 0 if source in inputs or output else linear.d_in
-        inputs.add(source)
-        attended += output
+        if output:
+            attended.add(linear.layer)
+        elif entering:
+            inputs[source] = entering
         trained = own + gain + (rank if spec.method == "adalora" else 0)
         weights += trained
         gradients += trained + (halves - 1) * rank * linear.d_in
@@ -78,9 +86,11 @@ def trained_elements(spec: JobSpec, base: Anatomy) -> TrainedElements:
         first_layer=min(kept),
         saved=sum(kept.values()),
         max_layer_saved=max(kept.values()),
-        attention_outputs=attended,
+        attention_outputs=len(attended),
         cast=sum(copied.values()),
         max_layer_cast=max(copied.values()),
+        inputs=frozenset((layer, name, elements) for (layer, name), elements in inputs.items()),
+        attended_layers=frozenset(attended),
     )
 
 

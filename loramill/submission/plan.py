@@ -23,6 +23,7 @@ from loramill.sizing.anatomy import Anatomy
 from loramill.sizing.devices import gpu_bytes, memory_bytes
 from loramill.sizing.planner import plan_as_is
 from loramill.sizing.serving import planned_limits
+from loramill.sizing.session_plan import SessionPlan, plan_session
 from loramill.submission.defaults import BATCH_SIZE, resolve_spec
 from loramill.submission.plan_options import PlanOptions
 from loramill.submission.request import Hyperparameters, JobRequest, LoramillOptions
@@ -40,11 +41,13 @@ class JobPlan:
         sizing: the memory, and the options that were chosen.
         device_known: whether the size of the device is known. If not, no options were chosen.
         engine: the limits of an engine on such a GPU, or why there can be none, as a sentence; None without a GPU.
+        session: the plan of several such jobs in one session, of which `sizing` is one; None: one job is planned.
     """
 
     sizing: SizingPlan
     device_known: bool
     engine: str | None = None
+    session: SessionPlan | None = None
 
 
 def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
@@ -74,8 +77,12 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
         shared_prefixes=False,
     )
     device_known = pool.device_bytes > 0
+    engine = _describe_engine(read, config, quantization, settings)
+    if read.tenants is not None:
+        session = plan_session(request, read.tenants)
+        return JobPlan(session.job, device_known, engine, session)
     sizing = choose_plan(request) if device_known else plan_as_is(request, spec)
-    return JobPlan(sizing, device_known, _describe_engine(read, config, quantization, settings))
+    return JobPlan(sizing, device_known, engine)
 
 
 def read_plan_options(options: Mapping[str, Any]) -> PlanOptions:

@@ -20,6 +20,12 @@ class PlanOptions(LoramillOptions):
     gpu: str | None = Field(default=None, description="GPU, by memory or name, such as 24GB or h100.")
     cpu: str | None = Field(default=None, description="Memory of a session without a GPU, instead of --gpu.")
     per_gpu: int | None = Field(default=None, description=JobSettings.model_fields["per_gpu"].description)
+    tenants: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Number of such jobs that share one session and its base. Default: one job in its own session.",
+    )
     quantization: Quantization | None = Field(
         default=None, description="Quantization of the base. Default: that of the settings; qlora: nf4."
     )

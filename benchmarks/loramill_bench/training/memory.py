@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loramill.data.encoding import EncodedExample
 from loramill.errors import SetupError
@@ -157,7 +157,7 @@ def train_case(case: Case) -> str:
     draw = random.Random(0)
     examples = [
         EncodedExample(
-            tokens=tuple(draw.randrange(3, 40000) for _ in range(case.length)),
+            tokens=random_tokens(draw, case.length),
             prompt_length=round(case.length * (1 - case.supervised)),
         )
         for _ in range(_EXAMPLES)
@@ -171,20 +171,25 @@ def train_case(case: Case) -> str:
         )
         for _ in train(model, context):
             pass
-    return f"{device} {torch.cuda.max_memory_allocated() if device == 'cuda' else _resident_peak()}"
+    return f"{device} {torch.cuda.max_memory_allocated() if device == 'cuda' else resident_peak()}"
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """The process's peak of resident memory in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
-def _parse_case(text: str) -> Case:
-    values = json.loads(text)
-    for name in ("targets", "layers"):
-        values[name] = None if values[name] is None else tuple(values[name])
-    return Case(**values)
+def random_tokens(draw: random.Random, length: int) -> tuple[int, ...]:
+    """Random tokens of the built-in base."""
+    return tuple(draw.randrange(3, 40000) for _ in range(length))
+
+
+def parse_case(values: dict[str, Any]) -> Case:
+    """The case of a JSON object."""
+    tuples = {name: None if values[name] is None else tuple(values[name]) for name in ("targets", "layers")}
+    return Case(**values | tuples)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(train_case(_parse_case(sys.argv[1])) + "\n")
+    sys.stdout.write(train_case(parse_case(json.loads(sys.argv[1]))) + "\n")

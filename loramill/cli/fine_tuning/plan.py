@@ -27,6 +27,7 @@ _METAVARS = {
     "gpu": "GPU",
     "cpu": "SIZE",
     "per_gpu": None,
+    "tenants": None,
     "method": "WORD",
     "quantization": "WORD",
     "rank": None,
@@ -86,27 +87,31 @@ def plan(
 
 
 def _as_dict(found: JobPlan) -> dict[str, Any]:
-    sizing, known = found.sizing, found.device_known
+    sizing, known, session = found.sizing, found.device_known, found.session
+    memory = sizing.memory if session is None else session.memory
     return {
         "fits": True if known else None,
-        "bytes": sizing.memory.bytes,
+        "bytes": memory.bytes,
         "budget": sizing.pool.budget_bytes if known else None,
         "sharers": sizing.sharers if known else None,
         "host_bytes": sizing.memory.host_bytes,
-        "items": [asdict(item) for item in sizing.memory.items],
+        "items": [asdict(item) for item in memory.items],
         "row_tokens": sizing.row.tokens,
         "passes": sizing.passes,
         "micro_tokens": sizing.spec.micro_tokens,
         "gradient_checkpointing": sizing.spec.gradient_checkpointing,
         "offload": sizing.spec.offload,
         "engine": found.engine,
+        "session": None
+        if session is None
+        else {"tenants": session.tenants, "most": session.most, "next_bytes": session.next_bytes},
     }
 
 
 def _print_plan(found: JobPlan) -> None:
     from loramill.sizing import format_bytes
 
-    memory = found.sizing.memory
+    memory = found.sizing.memory if found.session is None else found.session.memory
     rows = [
         (item.name, format_bytes(item.bytes), f"{item.bytes / memory.bytes:.0%}", item.description)
         for item in memory.items
@@ -114,7 +119,9 @@ def _print_plan(found: JobPlan) -> None:
     print_table(("ITEM", "BYTES", "SHARE", ""), [*rows, ("total", format_bytes(memory.bytes), "100%", "")], empty="")
     if memory.host_bytes:
         print_line(f"Additional host memory: {format_bytes(memory.host_bytes)}.")
-    if found.device_known:
+    if found.session is not None:
+        print_line(found.session.explanation)
+    elif found.device_known:
         print_line(found.sizing.explanation)
     else:
         device = "a GPU" if found.sizing.pool.device == "cuda" else "a CPU"

@@ -43,6 +43,26 @@ def test_sizes_in_the_json_add_up() -> None:
     assert found["sharers"] == found["budget"] // found["bytes"]
 
 
+def test_a_plan_of_several_tenants() -> None:
+    arguments = ("--base", "8B", "--gpu", "24GB", "--method", "qlora", "--length", "512")
+    done = run(*arguments, "--tenants", "8")
+    assert done.exit_code == 0, done.output
+    items = [line.split()[0] for line in done.stdout.splitlines()]
+    assert items[1:6] == ["framework", "base", "adapters", "optimizer", "gradients"]
+    assert "8 such jobs in one session take about" in done.stdout and "One more takes" in done.stdout
+    found = json.loads(run(*arguments, "--tenants", "8", "--json").stdout)
+    assert sum(item["bytes"] for item in found["items"]) == found["bytes"] <= found["budget"]
+    assert found["session"]["tenants"] == 8 <= found["session"]["most"]
+    assert (
+        found["bytes"] + found["session"]["next_bytes"]
+        == json.loads(run(*arguments, "--tenants", "9", "--json").stdout)["bytes"]
+    )
+    refused = json.loads(run(*arguments, "--tenants", "1000", "--json").stdout)
+    assert refused["fits"] is False and refused["nearest"][0].startswith("tenants = ")
+    assert json.loads(run(*arguments, "--json").stdout)["session"] is None
+    assert run(*arguments, "--tenants", "0").exit_code == 1
+
+
 def test_a_refusal_names_what_would_fit() -> None:
     arguments = ("--base", "65B", "--gpu", "48GB", "--quantization", "none", "--rank", "64", "--length", "512")
     done = run(*arguments)
