@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import NotFound
 from loramill.registry import Registry, adapters, deletion
-from loramill.registry.database.tables import AdapterRow, CheckpointRow, JobRow, PrunedVersionRow, VersionRow
+from loramill.registry.database.tables import AdapterRow, CheckpointRow, JobRow, PrunedVersionRow, TenantRow, VersionRow
 from loramill.registry.retention import stored
 from loramill.registry.retention.policy import StoredVersion, decide, keeps_everything
 from loramill.types import Removal, RetentionPolicy
@@ -108,12 +108,15 @@ def _lock(session: Session, name: str, versions: Iterable[str]) -> None:
     """Locks jobs, adapter and versions, in the order in which a worker that publishes locks them.
 
     With the adapter, no alias moves. With a version, no evaluation of it and no job that starts from it is inserted.
+    The tenant, to which the audit refers, comes before the versions, as in a submission.
     """
     ids = list(versions)
     made_by = select(VersionRow.job).where(VersionRow.adapter == name, VersionRow.id.in_(ids))
     checkpoints_of = select(CheckpointRow.job).where(CheckpointRow.version.in_(ids))
     jobs = select(JobRow.id).where(JobRow.id.in_(made_by) | JobRow.id.in_(checkpoints_of)).order_by(JobRow.id)
     session.execute(jobs.with_for_update())
+    tenant = select(TenantRow.id).where(TenantRow.name == name.partition("/")[0])
+    session.execute(tenant.with_for_update(read=True, key_share=True))
     adapters.lock(session, name)
     rows = select(VersionRow.id).where(VersionRow.adapter == name, VersionRow.id.in_(ids)).order_by(VersionRow.id)
     session.execute(rows.with_for_update())

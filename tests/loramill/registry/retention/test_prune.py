@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from sqlalchemy import select, update
@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import NotFound, VersionPruned
 from loramill.names import AdapterName
-from loramill.registry import Registry, adapters, deletion, evaluations, jobs, nightly, renaming, usage
+from loramill.registry import Registry, adapters, audit, deletion, evaluations, jobs, nightly, renaming, usage
 from loramill.registry.database.tables import AliasRow, PrunedVersionRow, VersionRow
 from loramill.registry.jobs import checkpoints
 from loramill.registry.retention import prune as pruning
 from loramill.registry.retention.prune import plan, prune
-from loramill.types import Alias, JobSpec, RetentionPolicy, StepStatus, VersionRecord
+from loramill.types import Alias, JobSpec, Removal, RetentionPolicy, StepStatus, VersionRecord
 
 NAME, DAY = AdapterName("acme", "support"), 86400.0
 NEWEST = RetentionPolicy(keep_versions=1)
@@ -170,6 +170,29 @@ def test_pruning_waits_for_a_transaction_that_refers_to_a_version(
     pruner.join(20)
     assert removed == [versions[2]]
     assert versions[1] in stored(registry)
+
+
+def test_pruning_with_an_audit_and_submissions_do_not_wait_for_each_other(
+    registry: Registry, make_spec: MakeSpec, versions: list[str]
+) -> None:
+    spec, refused = make_spec(start_from=versions[1]), list[NotFound]()
+
+    def submit() -> None:
+        try:
+            with registry.writing() as session:
+                jobs.submit(session, spec, {})
+        except NotFound as error:
+            refused.append(error)
+
+    def record(session: Session, name: str, removed: Sequence[Removal]) -> None:
+        submitter.start()
+        submitter.join(0.5)  # on PostgreSQL, it has locked what it can by then
+        audit.record(session, tenant="acme", actor=None, key="k", action="prune", subject=name, request="r")
+
+    submitter = threading.Thread(target=submit)
+    assert run(registry, on_pruned=record) == [versions[2], versions[1]]
+    submitter.join(20)
+    assert "no version" in refused[0].message
 
 
 def test_a_running_nightly_run_keeps_all_versions_of_its_adapters(
