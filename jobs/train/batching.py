@@ -10,6 +10,7 @@ packing, each example is a row by itself, padded to the longest.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from itertools import takewhile
 import torch
 
 from loramill.data.encoding import EncodedExample
+
+#: Fewer targets than this are filled up by copies of one, with a weight of 0. MKL computes products of one to three
+#: rows in other ways than those of more, and a row then has other bits than in a larger pass.
+MIN_TARGETS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class PackedRows:
             same = (example_of[:, None] == example_of) | (example_of == 0)
             seen = same.tril()[None]
         return seen if window is None else seen & (self.positions[:, :, None] - self.positions[:, None] < window)
+
+    def added_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """`attention_mask` as it is added to scores, [R, 1, T, T]: 0 where a token attends to another, else -inf."""
+        seen = self.attention_mask(window)
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -math.inf)[:, None]
 
 
 def choose_batch(count: int, batch_size: int, step: int, seed: int, *, epochs: bool = False) -> list[int]:
@@ -191,6 +201,7 @@ def _packed_rows(
     example_tokens: list[int],
     targets: list[tuple[int, int, float]],
 ) -> PackedRows:
+    targets = [*targets, *[(*targets[0][:2], 0.0)] * (MIN_TARGETS - len(targets))]
     return PackedRows(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),

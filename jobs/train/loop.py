@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +31,13 @@ from loramill.jobs.train import checkpoint
 from loramill.jobs.train.batching import choose_batch, group_for_passes, sequences, supervised_weight
 from loramill.jobs.train.checkpoint import CheckpointData, RunState
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
-from loramill.jobs.train.forward import attention_window, configured_forward, loss_and_accuracy, translate_oom
+from loramill.jobs.train.engine import Part, TrainingEngine, Work
+from loramill.jobs.train.forward import Predictions, attention_window, configured_forward, lay_out, translate_oom
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
-from loramill.jobs.train.methods.seeds import seeded
-from loramill.jobs.train.optimizer import AdamW, OptimizerState
+from loramill.jobs.train.methods.seeds import seed_of
+from loramill.jobs.train.optimizer import AdamW, Optimizer, OptimizerState
 from loramill.types import JobSpec
 
 __all__ = ["SINGLE_PROCESS", "ProcessGroup", "TrainContext", "TrainingProgress", "export_adapter", "train"]
@@ -145,15 +147,14 @@ def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingPr
         configured_forward(
             model,
             longest + pass_tokens,
-            checkpointing=spec.gradient_checkpointing,
             masked=adapted.needs_mask,
             deterministic=context.deterministic,
         ),
     ):
-        run = _TrainingRun(model, adapted, context)
+        engine, run = TrainingEngine(model), TrainingRun(model, adapted, context)
         run.resume()
         while not run.state.finished:
-            yield run.advance()
+            yield engine.complete(run.advance())
 
 
 def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = True) -> dict[str, bytes]:
@@ -187,8 +188,8 @@ def load_checkpoint_to_export(checkpoints: Path | str, spec: JobSpec, *, best: b
     return checkpoint.best(checkpoints, spec, last) if best and spec.keep == "best" else last
 
 
-class _TrainingRun:
-    """A job in training; `state` is how far it is."""
+class TrainingRun:
+    """A job in training, as a client of the training engine; `state` is how far it is."""
 
     def __init__(self, model: PreTrainedModel, adapted: AdaptedModel, context: TrainContext) -> None:
         self.state = self._saved = RunState()
@@ -216,13 +217,13 @@ class _TrainingRun:
         moments = OptimizerState(last.weights, last.first_moments, last.second_moments)
         self._optimizer.load_state(self.state.step, moments)
 
-    def advance(self) -> TrainingProgress:
+    def advance(self) -> Work[TrainingProgress]:
         """Takes a step and the validation that is due after it, or only that validation, after a pause before it."""
         try:
             if not self.state.pending:
-                self.state = self._step()
+                self.state = yield from self._step()
             if self.state.pending:
-                self.state = self._validate()
+                self.state = yield from self._validate()
         except (JobPaused, JobPreempted):
             self._save()
             raise
@@ -237,18 +238,12 @@ class _TrainingRun:
             **metrics,
         )
 
-    def _step(self) -> RunState:
+    def _step(self) -> Work[RunState]:
         spec, step, examples = self._spec, self.state.step, self._context.train_examples
         indices = choose_batch(len(examples), spec.batch_size, step, spec.seed, epochs=spec.epochs is not None)
         batch = [examples[index] for index in indices]
         rate = learning_rate(spec, step)
-        rank = self._context.process_group.rank
-        self._adapted.set_dropout(True)
-        try:
-            with seeded(self._model.device, spec.seed, step, *([rank] if rank else [])):
-                loss, accuracy = self._mean_loss(batch, training=True)
-        finally:
-            self._adapted.set_dropout(False)
+        loss, accuracy = yield from self._mean_loss(batch, training=True)
         norm = self._optimizer.step(rate) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}", indices)
@@ -267,10 +262,9 @@ class _TrainingRun:
         interval = self._spec.eval_every or self._spec.checkpoint_every
         return step % interval == 0 or step == self._spec.steps
 
-    @torch.no_grad()
-    def _validate(self) -> RunState:
+    def _validate(self) -> Work[RunState]:
         state = self.state
-        loss, accuracy = self._mean_loss(self._context.valid_examples, training=False)
+        loss, accuracy = yield from self._mean_loss(self._context.valid_examples, training=False)
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", [])
         may_be_best = state.step >= self._adapted.best_from_step
@@ -286,20 +280,20 @@ class _TrainingRun:
             finished=state.step == self._spec.steps or (self._spec.patience or math.inf) <= stale,
         )
 
-    def _mean_loss(self, examples: Sequence[EncodedExample], *, training: bool) -> tuple[float, float]:
+    def _mean_loss(self, examples: Sequence[EncodedExample], *, training: bool) -> Work[tuple[float, float]]:
         """Returns the mean loss and accuracy over `examples`, of all processes.
 
         Args:
             training: also compute the gradients of this process's passes.
         """
-        packing, group, optimizer = self._spec.packing, self._context.process_group, self._optimizer
+        group, optimizer = self._context.process_group, self._optimizer
         examples = sequences(examples)
         total_weight = math.fsum(map(supervised_weight, examples))
         sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
         passes = group_for_passes(
             examples,
             self._context.pass_tokens,
-            packing=packing,
+            packing=self._spec.packing,
             multiple_of=group.size,
             window=attention_window(self._model),
         )
@@ -310,15 +304,30 @@ class _TrainingRun:
             for number, (pass_examples, factor) in enumerate(own, start=1):
                 with group.all_reduce_on_exit(sums.new_zeros(0)) if optimizer.collective else nullcontext():
                     self._context.raise_if_stopped()
-                loss, correct = loss_and_accuracy(
-                    self._adapted.model, self._model, pass_examples, total_weight, packing=packing
-                )
-                if training:
-                    optimizer.backward(loss * factor, last=number == len(own))
-                sums += torch.stack([loss.detach(), correct]).double() * factor
+                backward = partial(_backward, optimizer, factor, number == len(own)) if optimizer.collective else None
+                sums += factor * (yield self._part(pass_examples, total_weight, number, training, backward))
             if training and group.rank == 0 and (penalty := self._adapted.penalty()) is not None:
                 optimizer.backward(penalty, last=True)
         return sums[0].item(), sums[1].item()
+
+    def _part(
+        self,
+        examples: Sequence[EncodedExample],
+        total_weight: float,
+        number: int,
+        training: bool,
+        backward: Callable[[torch.Tensor], None] | None,
+    ) -> Part:
+        spec, rank = self._spec, self._context.process_group.rank
+        return Part(
+            adapter=self._adapted,
+            rows=lay_out(examples, self._model, packing=spec.packing),
+            loss=partial(_cross_entropy, total_weight),
+            training=training,
+            recompute=training and spec.gradient_checkpointing,
+            dropout_key=seed_of(spec.seed, "dropout", self.state.step, rank, number) if training else None,
+            backward=backward,
+        )
 
     def _save(self) -> None:
         """Writes a checkpoint of the last complete step, unless there is one."""
@@ -349,6 +358,15 @@ class _TrainingRun:
             f"of step {self._saved.step}.",
             examples=lines,
         )
+
+
+def _cross_entropy(total_weight: float, predictions: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, correct = predictions.cross_entropy(total_weight)
+    return loss, torch.stack([loss.detach(), correct])
+
+
+def _backward(optimizer: Optimizer, factor: float, last: bool, loss: torch.Tensor) -> None:
+    optimizer.backward(loss * factor, last=last)
 
 
 @torch.no_grad()

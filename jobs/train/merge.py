@@ -302,7 +302,7 @@ def _log_probabilities(
     longest = max(len(example.tokens) for example in examples)
     groups = list(group_for_passes(examples, _PASS_TOKENS, packing=True))
     found = []
-    with configured_forward(model, longest + _PASS_TOKENS, checkpointing=False):
+    with configured_forward(model, longest + _PASS_TOKENS):
         for done, group in enumerate(groups):
             on_stage(f"computing the predictions of {of}, {done} of {len(groups)}")
             found.append(supervised_logits(model, model, pack(group, attention_window(model))).log_softmax(dim=-1))

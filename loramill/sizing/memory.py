@@ -109,12 +109,13 @@ def largest_row(
     if longest == shortest and not shared_prefixes:
         tokens -= tokens % longest
     tokens = max(longest, min(tokens, step if spec.packing else longest * spec.batch_size))
+    width = tokens if spec.packing else longest
     return MemoryRow(
         tokens=tokens,
-        width=tokens if spec.packing else longest,
+        width=width,
         supervised_tokens=max(1, min(tokens, round(tokens * supervised_fraction))),
         step_tokens=step,
-        eager=longest + spec.micro_tokens <= EAGER_TOKENS,
+        eager=width <= EAGER_TOKENS,
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from loramill.errors import AdapterInvalid
@@ -20,6 +20,7 @@ from loramill.jobs.train.methods.layers import LoraLinear, insert_layers
 from loramill.jobs.train.methods.lora import dora_layers, gains_of, load_lora, lora_files, lora_layers, loraplus_factors
 from loramill.jobs.train.methods.pissa_loftq import load_pissa, loftq_layers, pissa_files, pissa_layers
 from loramill.jobs.train.methods.targets import TargetModule, find_target_modules
+from loramill.kernels.batch import Slot
 from loramill.kernels.peft_folder import BaseModules
 from loramill.types import JobSpec
 
@@ -27,15 +28,19 @@ __all__ = ["AdaptedModel", "adapter_files", "attach_adapter", "load_start_adapte
 
 _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
+#: No two adapters of a process get the same slot.
+_slot_numbers = count()
+
 _LOADERS = {"adalora": load_adalora, "pissa": load_pissa}
 _EXPORTERS = {"adalora": adalora_files, "pissa": pissa_files}
 
 
 @contextmanager
 def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Iterator[AdaptedModel]:
-    """Within, `model` has the fp32 layers of `spec`'s method, and nothing else is trained; afterwards it is as before.
+    """Within, `model` has the fp32 layers of `spec`'s method over its frozen weights; afterwards it is as before.
 
-    The layers are a function of the base, the spec and its seed; their dropout is off.
+    The layers are a function of the base, the spec and its seed; their dropout is off. Several adapters may be attached
+    at once: `AdaptedModel.rows` then has to be set before each pass.
 
     Args:
         folder: the base's files; LoftQ reads the weights before quantization there.
@@ -43,12 +48,12 @@ def attach_adapter(model: PreTrainedModel, spec: JobSpec, folder: Path) -> Itera
     Raises:
         InvalidRequest: targets, layers, patterns or ranks don't fit the base; `param` names the field.
     """
-    targets = find_target_modules(model, spec)
-    layers = _layers(model, targets, spec, folder)
+    layers = _layers(model, find_target_modules(model, spec), spec, folder)
     for layer in layers.values():
         layer.shares_casts = not spec.gradient_checkpointing
-    with insert_layers(model, layers, targets):
-        yield _adapted_model(model, layers, spec)
+    slot = Slot(next(_slot_numbers), 0)
+    with insert_layers(model, layers, slot) as rows:
+        yield replace(_adapted_model(model, layers, spec), slot=slot, rows=rows)
 
 
 @torch.no_grad()
@@ -58,19 +63,8 @@ def load_start_adapter(adapted: AdaptedModel, folder: Path, spec: JobSpec) -> No
     Raises:
         AdapterInvalid: the folder can't be read, or its adapter does not fit the job; `param` is "start_from".
     """
-    _LOADERS.get(spec.method, load_lora)(
-        adapted, peft_folder.read_start_adapter(folder, _base_modules(adapted.model)), spec
-    )
-
-
-def _base_modules(model: nn.Module) -> BaseModules:
-    """The base's own modules, without the layers that are trained."""
-    trained = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    head = model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers, as every base
-    found = BaseModules.of_model(model, head.linear if isinstance(head, LoraLinear) else head)
-    names = {f"{name}.linear": name for name in trained}
-    modules = {names.get(name, name): module for name, module in found.modules.items()}
-    return BaseModules(modules, lambda name: found.weight(f"{name}.linear" if name in trained else name))
+    base = BaseModules.of_model(adapted.model, adapted.model.get_output_embeddings())  # type: ignore[operator]  # a model of transformers
+    _LOADERS.get(spec.method, load_lora)(adapted, peft_folder.read_start_adapter(folder, base), spec)
 
 
 def adapter_files(
@@ -106,7 +100,7 @@ def _adapted_model(model: PreTrainedModel, layers: Mapping[str, LoraLinear], spe
     adapted = AdaptedModel(
         model=model,
         weights=weights,
-        set_dropout=lambda on: _set_dropout(layers, on),
+        set_dropout=lambda key: _set_dropout(layers, key),
         lr_factors=loraplus_factors(spec, weights),
         state=_with_full_names({name: layer.extra_state() for name, layer in layers.items()}),
         derived=lambda: gains_of(layers),
@@ -137,9 +131,9 @@ def _with_full_names(parts: Mapping[str, Mapping[str, _Tensor]]) -> dict[str, _T
     return dict(sorted(pairs))
 
 
-def _set_dropout(layers: Mapping[str, LoraLinear], on: bool) -> None:
+def _set_dropout(layers: Mapping[str, LoraLinear], key: int | None) -> None:
     for layer in layers.values():
-        layer.dropout_enabled = on
+        layer.dropout_key = key
 
 
 def _invalidate_caches(layers: Mapping[str, LoraLinear]) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers with an adapter, which replace the base's while a job trains.
+"""Adapters at the base's linears while they are in training: of one job, or of several jobs next to each other.
 
 Parameters are fp32; they compute in the base's dtype, as under autocast. On a CPU in bf16 a step takes a seventh less
 time than with PEFT's own layers. Only x is kept in memory for the backward pass, once, in its own dtype.
@@ -8,43 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loramill.jobs.train.methods.seeds import seed_of
 from loramill.jobs.train.methods.targets import TargetModule
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.training import Frozen, Trainable, grouped_lora
-
-#: One adapter is in training, and all rows are its own.
-_SLOT = Slot(0, 0)
 
 #: Number of rows of a weight that are merged at once to compute their norms.
 _NORM_CHUNK_ROWS = 256
 
 
-class LoraLinear(nn.Module):
-    """y = W x + scale B A x (Hu et al. 2021, 2106.09685, equation 3).
+class LoraLinear:
+    """An adapter at one linear: y = W x + scale B A x (Hu et al. 2021, 2106.09685, equation 3).
 
     Attributes:
         linear: the base's own, frozen.
         a, b: [r, d_in] and [d_out, r], fp32.
-        dropout_enabled: whether `dropout` is applied to the adapter's input; the masks follow from torch's global CPU
-            generator, so that a recomputed forward pass has the same masks.
+        dropout_key: from which the masks of `dropout` follow, applied to the adapter's input; None: no dropout. A
+            recomputed forward pass has the same masks.
         shares_casts: whether the passes of a step share A and B in the base's dtype. If layers are recomputed, each
             pass casts them again, so that only one layer's casts exist at a time: all of a 65B model's at rank 64 would
             take 1.6 GB.
     """
 
-    linear: nn.Linear | Conv1D
-
     def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
-        super().__init__()
-        self.linear = target.linear
+        self.name, self.linear = target.name, target.linear
         self.frozen = dense_weight(target.linear)
-        self.scale, self.dropout, self.dropout_enabled = target.scale, dropout, False
+        self.scale, self.dropout = target.scale, dropout
+        self.dropout_key: int | None = None
         self.shares_casts = True
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self._cast: tuple[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -68,19 +66,18 @@ class LoraLinear(nn.Module):
         """Returns the matrices that are applied to x: A and B."""
         return self.a, self.b
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d_in] to [..., d_out], in x's dtype."""
-        return self._adapted(x, _detached(self.linear.bias))
-
-    def _adapted(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def trainable(self, dtype: torch.dtype) -> Trainable:
+        """Returns what `grouped_lora` takes, for rows of this dtype."""
         a, b = self.factors()
-        dropout = self.dropout if self.dropout_enabled else 0.0
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        cast = None if a.dtype == x.dtype else self._cast_factors(a, b, x.dtype)
-        adapter = Trainable(a, b, self.scale, dropout, seed, cast)
-        y = grouped_lora(rows, self.frozen, {_SLOT: adapter}, _single_adapter_batch(len(rows)), bias)
-        return y.view(*x.shape[:-1], -1)
+        dropped = self.dropout > 0 and self.dropout_key is not None
+        return Trainable(
+            a,
+            b,
+            self.scale,
+            self.dropout if dropped else 0.0,
+            seed_of(self.dropout_key, self.name) if dropped else 0,
+            None if a.dtype == dtype else self._cast_factors(a, b, dtype),
+        )
 
     @torch.no_grad()
     def _cast_factors(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,12 +105,10 @@ class DoraLinear(LoraLinear):
         """Returns A, B and the magnitudes."""
         return {**super().trained_parameters(), "lora_magnitude_vector": self.magnitude}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d_in] to [..., d_out], in x's dtype."""
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        """Returns the output [rows, d_out], times the gain, in y's dtype."""
         # In fp32: a gain rounded to bf16 would shift all outputs of its row.
-        y = (self._adapted(x, None) * (self.magnitude / self.row_norms())).to(x.dtype)
-        bias = _detached(self.linear.bias)
-        return y if bias is None else y + bias
+        return (y * (self.magnitude / self.row_norms())).to(y.dtype)
 
     @torch.no_grad()
     def gain(self) -> torch.Tensor:
@@ -138,6 +133,96 @@ class DoraLinear(LoraLinear):
         return self._row_norms[1]
 
 
+#: The adapter, or None for the base alone, and the number of rows of each part of a pass, in their order.
+Parts = tuple[tuple[Slot | None, int], ...]
+
+
+@dataclass(slots=True)
+class PassRows:
+    """Which adapters the rows of a model's pass belong to; shared by all of its adapted linears.
+
+    Attributes:
+        body: at the linears of the layers. Without parts, all rows belong to the only adapter.
+        head: at the head, which takes the rows of supervised tokens alone.
+        trained_before: the base's own parameters that were not frozen before the first adapter was inserted.
+    """
+
+    body: Parts = ()
+    head: Parts = ()
+    trained_before: list[nn.Parameter] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Ends a pass."""
+        self.body = self.head = ()
+
+
+@dataclass(slots=True, eq=False)
+class AdaptedLinear:
+    """A linear of the base with the adapters that are in training on it; takes the place of its forward function.
+
+    Attributes:
+        linear: the base's own.
+        rows: the model's.
+        layers: by the slot of their adapter; rows of other adapters get the base's output.
+        is_head: whether the linear is the model's head.
+    """
+
+    linear: nn.Linear | Conv1D
+    rows: PassRows
+    is_head: bool
+    layers: dict[Slot, LoraLinear] = field(default_factory=dict)
+    frozen: Frozen = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frozen = dense_weight(self.linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d_in] to [..., d_out], in x's dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        parts = (self.rows.head if self.is_head else self.rows.body) or ((next(iter(self.layers)), len(rows)),)
+        # An adapter's rows get the same bits next to any others. Outputs that are scaled before the bias is added come
+        # from other products than those that are not.
+        runs = [tuple(run) for _, run in groupby(parts, key=self._scales_rows)]
+        if len(runs) == 1:
+            y = self._output(rows, parts)
+        else:
+            pieces = torch.split(rows, [sum(count for _, count in run) for run in runs])
+            y = torch.cat([self._output(piece, run) for piece, run in zip(pieces, runs, strict=True)])
+        return y.view(*x.shape[:-1], -1)
+
+    def _scales_rows(self, part: tuple[Slot | None, int]) -> bool:
+        return isinstance(self._layer(part[0]), DoraLinear)
+
+    def _layer(self, slot: Slot | None) -> LoraLinear | None:
+        return None if slot is None else self.layers.get(slot)
+
+    def _output(self, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """The output for rows whose adapters all scale it, or all do not."""
+        trainables = {
+            slot: layer.trainable(x.dtype)
+            for slot in dict.fromkeys(slot for slot, _ in parts)
+            if slot is not None and (layer := self.layers.get(slot)) is not None
+        }
+        bias = None if self.linear.bias is None else self.linear.bias.detach()
+        if not self._scales_rows(parts[0]):
+            return grouped_lora(x, self.frozen, trainables, _batch(parts), bias)
+        y = grouped_lora(x, self.frozen, trainables, _batch(parts))
+        pieces = torch.split(y, [count for _, count in parts])
+        scaled = [self._scaled(piece, slot) for piece, (slot, _) in zip(pieces, parts, strict=True)]
+        y = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        return y if bias is None else y + bias
+
+    def _scaled(self, y: torch.Tensor, slot: Slot | None) -> torch.Tensor:
+        layer = self._layer(slot)
+        assert isinstance(layer, DoraLinear)
+        return layer.scaled(y)
+
+
+@lru_cache(maxsize=64)
+def _batch(parts: Parts) -> Batch:
+    return Batch.of(parts)
+
+
 def dense_weight(linear: nn.Linear | Conv1D) -> Frozen:
     """Returns a linear's weight [d_out, d_in]; for bitsandbytes' Linear4bit, a function that dequantizes it."""
     weight = linear.weight
@@ -149,31 +234,42 @@ def dense_weight(linear: nn.Linear | Conv1D) -> Frozen:
     return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
 
 
+def adapted_linear(linear: nn.Module) -> AdaptedLinear | None:
+    """Returns what takes the place of a linear's forward function; None if no adapter is in training on it."""
+    owner = getattr(vars(linear).get("forward"), "__self__", None)
+    return owner if isinstance(owner, AdaptedLinear) else None
+
+
+def pass_rows(model: nn.Module) -> PassRows:
+    """Returns the rows that all adapted linears of a model share."""
+    found = (adapted for module in model.modules() if (adapted := adapted_linear(module)) is not None)
+    return next((adapted.rows for adapted in found), PassRows())
+
+
 @contextmanager
-def insert_layers(model: nn.Module, layers: Mapping[str, LoraLinear], targets: list[TargetModule]) -> Iterator[None]:
-    """Within, `layers` replace their targets in `model`, whose own parameters are frozen."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trainable:
+def insert_layers(model: nn.Module, layers: Mapping[str, LoraLinear], slot: Slot) -> Iterator[PassRows]:
+    """Within, the base's linears compute with `layers`, and the base's own parameters are frozen.
+
+    Several adapters may be inserted at once, and removed in any order.
+    """
+    rows, head = pass_rows(model), model.get_output_embeddings()  # type: ignore[operator]  # a model of transformers
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.requires_grad_(False)
-        for target in targets:
-            setattr(target.parent, _child_name(target), layers[target.name])
-        yield
+            rows.trained_before.append(parameter)
+    try:
+        for layer in layers.values():
+            adapted = adapted_linear(layer.linear)
+            if adapted is None:
+                adapted = AdaptedLinear(layer.linear, rows, is_head=layer.linear is head)
+                layer.linear.forward = adapted.forward  # type: ignore[method-assign]
+            adapted.layers[slot] = layer
+        yield rows
     finally:
-        for target in targets:
-            setattr(target.parent, _child_name(target), target.linear)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _child_name(target: TargetModule) -> str:
-    return target.name.rpartition(".")[2]
-
-
-def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach()
-
-
-@lru_cache(maxsize=64)
-def _single_adapter_batch(rows: int) -> Batch:
-    return Batch.of([(_SLOT, rows)])
+        for layer in layers.values():
+            adapted = adapted_linear(layer.linear)
+            if adapted is not None and adapted.layers.pop(slot, None) is not None and not adapted.layers:
+                del layer.linear.forward
+        if pass_rows(model) is not rows:  # no adapter is left
+            for parameter in rows.trained_before:
+                parameter.requires_grad_(True)

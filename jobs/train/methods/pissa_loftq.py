@@ -40,13 +40,9 @@ class ResidualLinear(LoraLinear):
     4); this is the same function of x, on the unmodified base.
     """
 
-    a0: torch.Tensor
-    b0: torch.Tensor
-
     def __init__(self, target: TargetModule, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
         super().__init__(target, a.clone(), b.clone(), dropout)
-        self.register_buffer("a0", a)
-        self.register_buffer("b0", b)
+        self.a0, self.b0 = a, b
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Returns the half that is not trained."""

@@ -19,13 +19,11 @@ class TargetModule:
 
     Attributes:
         name: its path in the base.
-        parent: the module that contains it, under the last part of the name.
         linear: torch's or bitsandbytes' linear, or GPT-2's Conv1D.
         rank, scale: of its adapter.
     """
 
     name: str
-    parent: nn.Module
     linear: nn.Linear | Conv1D
     rank: int
     scale: float
@@ -50,11 +48,7 @@ def find_target_modules(model: PreTrainedModel, spec: JobSpec) -> list[TargetMod
     Raises:
         InvalidRequest: as `loramill.models.targets.find_targets`.
     """
-    modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     head = model.get_output_embeddings()
     names = find_targets(spec, list(linears), next((name for name, each in linears.items() if each is head), None))
-    return [
-        TargetModule(name, modules[name.rpartition(".")[0]], linears[name], rank_of(spec, name), scale_of(spec, name))
-        for name in names
-    ]
+    return [TargetModule(name, linears[name], rank_of(spec, name), scale_of(spec, name)) for name in names]

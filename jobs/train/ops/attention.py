@@ -1,22 +1,30 @@
-"""Attention for training: over short rows on a CPU, and over packed rows without a mask on a GPU."""
+"""Attention for training: part by part on a CPU, and over packed rows without a mask on a GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from loramill.jobs.train.batching import PackedRows
 from loramill.kernels.attention import varlen
 from loramill.kernels.attention.varlen import VarlenBatch
 
-#: Name under which `attend` is registered with transformers.
-IMPLEMENTATION_NAME = "loramill_short_rows"
+#: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
+MAX_EAGER_TOKENS = 512
+
+#: transformers' plain attention in the module of each model.
+_EAGER = "eager_attention_forward"
+
+#: Name under which `attend_parts` is registered with transformers.
+PARTS_NAME = "loramill_parts"
 #: Names under which `attend_varlen` is registered, by whether its gradients are deterministic. transformers makes no
 #: mask for an implementation without a function for masks.
 VARLEN_NAMES = {False: "loramill_varlen", True: "loramill_varlen_deterministic"}
@@ -72,37 +80,123 @@ def attend(
 
 
 @dataclass(frozen=True, slots=True)
-class VarlenLayout:
-    """Which of a pass's tokens, row after row, attend to which, on the device of the pass.
+class PartsLayout:
+    """The parts of a pass, whose tokens follow one another, row after row, in one row.
 
     Attributes:
-        own: the parts whose tokens attend to the earlier ones of the same part: the shared prefix, if there is one, and
-            each example without it.
-        prefix: None, or one part: the tokens of all examples, which attend to the whole shared prefix.
-        prefix_tokens: tokens of the shared prefix, the first of the row.
+        parts: the rows of each part.
+        masks: what is added to the scores of a part, [R, 1, T, T], by number of the part and window.
+    """
+
+    parts: Sequence[PackedRows]
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The mask of a part: 0 where a token attends to another, else -inf."""
+        key = number, window
+        if key not in self.masks:
+            self.masks[key] = self.parts[number].added_mask(window, dtype).to(device)
+        return self.masks[key]
+
+
+def attend_parts(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    *,
+    row_layout: PartsLayout,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with the interface of transformers; each part computes as it would alone, to the bit.
+
+    Args:
+        query: [1, heads, tokens, d]; key and value are [1, kv_heads, tokens, d].
+        attention_mask: None; the layout takes its place.
+        row_layout: an argument of the model's forward, which transformers passes on to each layer.
+        sliding_window: number of positions that a token attends to at most, its own included.
+
+    Returns:
+        The output [1, tokens, heads, d], and None for the attention weights.
+    """
+    pieces, start = [], 0
+    for number, part in enumerate(row_layout.parts):
+        shape = part.tokens.shape
+        stop = start + shape.numel()
+        q, k, v = (
+            each[0, :, start:stop].view(-1, *shape, each.shape[-1]).transpose(0, 1) for each in (query, key, value)
+        )
+        mask = row_layout.mask(number, sliding_window, query.dtype, query.device)
+        if softcap is None and shape[1] <= MAX_EAGER_TOKENS:
+            out, _ = attend(module, q, k, v, mask, scaling)
+        else:
+            out, _ = _transformers_attention(module, softcap)(
+                module, q, k, v, mask, scaling=scaling, softcap=softcap, **more
+            )
+        pieces.append(out.flatten(0, 1))
+        start = stop
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+
+
+def _transformers_attention(module: nn.Module, softcap: float | None) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """torch's fused attention; for scores with a cap, which it lacks, the module's eager one."""
+    forward: Callable[..., tuple[torch.Tensor, Any]]
+    forward = sdpa_attention_forward if softcap is None else vars(sys.modules[type(module).__module__])[_EAGER]
+    return forward
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """The prefix that a part's examples share: all of their tokens attend to all of its tokens.
+
+    Attributes:
+        rows, keys: the tokens of the examples and of the prefix among those of the pass.
+        batch: the two as one sequence.
+    """
+
+    rows: slice
+    keys: slice
+    batch: VarlenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenLayout:
+    """Which of a pass's tokens, part after part and row after row, attend to which, on the device of the pass.
+
+    Attributes:
+        own: the sequences whose tokens attend to the earlier ones of the same sequence: the shared prefix of a part, if
+            there is one, and each example without it.
+        prefixes: the shared prefixes.
     """
 
     own: VarlenBatch
-    prefix: VarlenBatch | None
-    prefix_tokens: int
+    prefixes: tuple[SharedPrefix, ...]
 
     @classmethod
-    def of(cls, rows: PackedRows, device: torch.device) -> VarlenLayout:
-        """The layout of some rows."""
-        prefix, lengths = rows.prefix_tokens, rows.example_tokens
-        if prefix == 0:
-            return cls(VarlenBatch.of(lengths, lengths, device), None, 0)
-        if len(lengths) == 1:
-            whole = [prefix + lengths[0]]
-            return cls(VarlenBatch.of(whole, whole, device), None, 0)
-        parts = [prefix, *lengths]
-        return cls(
-            VarlenBatch.of(parts, parts, device), VarlenBatch.of([sum(lengths)], [prefix], device), prefix_tokens=prefix
-        )
+    def of(cls, parts: Sequence[PackedRows], device: torch.device) -> VarlenLayout:
+        """The layout of some parts."""
+        own: list[int] = []
+        prefixes: list[SharedPrefix] = []
+        for part in parts:
+            prefix, lengths, start = part.prefix_tokens, part.example_tokens, sum(own)
+            if len(lengths) == 1:
+                own.append(prefix + lengths[0])
+            elif prefix == 0:
+                own += lengths
+            else:
+                own += [prefix, *lengths]
+                rows, keys = slice(start + prefix, sum(own)), slice(start, start + prefix)
+                batch = VarlenBatch.of([sum(lengths)], [prefix], device)
+                prefixes.append(SharedPrefix(rows, keys, batch))
+        return cls(VarlenBatch.of(own, own, device), tuple(prefixes))
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """softmax(scale Q K^T) V over a layout, by two launches where a prefix is shared, else by one.
+    """softmax(scale Q K^T) V over a layout, by one launch, and one more for each shared prefix.
 
     The prefix's keys are read where they are: copied to each example, as one launch would need them, they could take
     many times the memory of the row (a prefix of 4,000 tokens before 200 examples of 20). The two outputs of a token
@@ -123,12 +217,12 @@ class _VarlenAttention(torch.autograd.Function):
         deterministic: bool,
     ) -> torch.Tensor:
         out, logsumexp = varlen.forward(q, k, v, layout.own, scale=scale, window=window)
-        if layout.prefix is not None:
-            p = layout.prefix_tokens
-            ahead, its_sum = varlen.forward(q[p:], k[:p], v[:p], layout.prefix, scale=scale, causal=False)
-            own_sum = logsumexp[:, p:]
+        for prefix in layout.prefixes:
+            rows, keys = prefix.rows, prefix.keys
+            ahead, its_sum = varlen.forward(q[rows], k[keys], v[keys], prefix.batch, scale=scale, causal=False)
+            own_sum = logsumexp[:, rows]
             share = torch.sigmoid(its_sum - own_sum).T[..., None]
-            out[p:].lerp_(ahead, share.to(out.dtype))
+            out[rows].lerp_(ahead, share.to(out.dtype))
             torch.logaddexp(own_sum, its_sum, out=own_sum)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         ctx.layout, ctx.options = layout, (scale, window, deterministic)
@@ -141,14 +235,13 @@ class _VarlenAttention(torch.autograd.Function):
         d_q, d_k, d_v = varlen.backward(
             d_out, q, k, v, out, logsumexp, layout.own, scale=scale, window=window, deterministic=deterministic
         )
-        if layout.prefix is not None:
-            p = layout.prefix_tokens
-            own_sum = logsumexp[:, p:].contiguous()
+        for prefix in layout.prefixes:
+            rows, keys = prefix.rows, prefix.keys
             parts = varlen.backward(
-                d_out[p:], q[p:], k[:p], v[:p], out[p:], own_sum, layout.prefix,
+                d_out[rows], q[rows], k[keys], v[keys], out[rows], logsumexp[:, rows].contiguous(), prefix.batch,
                 scale=scale, causal=False, deterministic=deterministic,
             )  # fmt: skip
-            for gradient, part in zip((d_q[p:], d_k[:p], d_v[:p]), parts, strict=True):
+            for gradient, part in zip((d_q[rows], d_k[keys], d_v[keys]), parts, strict=True):
                 gradient.add_(part)
         return d_q, d_k, d_v, None, None, None, None
 
@@ -185,7 +278,6 @@ def attend_varlen(
     return out.view(rows, tokens, *out.shape[1:]), None
 
 
-AttentionInterface.register(IMPLEMENTATION_NAME, attend)
-AttentionMaskInterface.register(IMPLEMENTATION_NAME, eager_mask)
+AttentionInterface.register(PARTS_NAME, attend_parts)
 for _deterministic, _name in VARLEN_NAMES.items():
     AttentionInterface.register(_name, partial(attend_varlen, deterministic=_deterministic))

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from loramill.data.encoding import EncodedExample
 from loramill.jobs.train import forward
-from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, recomputed_layers
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import fused
 from loramill.jobs.train.ops.layers import fused_forwards
@@ -153,9 +153,8 @@ def gradients(model: PreTrainedModel, spec: Any) -> list[torch.Tensor]:
         for number, (name, weight) in enumerate(adapted.weights.items()):
             if name.endswith("lora_B.weight"):
                 weight.data.copy_(drawn(*weight.shape, seed=number, size=0.1))
-        adapted.set_dropout(True)
-        torch.manual_seed(3)
-        with configured_forward(model, 1000, checkpointing=spec.gradient_checkpointing):
+        adapted.set_dropout(3)
+        with configured_forward(model, 1000), recomputed_layers(model, spec.gradient_checkpointing):
             loss, _ = loss_and_accuracy(model, model, EXAMPLES, 10.0, packing=False)
             loss.backward()
         return [loss.detach(), *(weight.grad for weight in adapted.weights.values())]

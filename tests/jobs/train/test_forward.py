@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -25,7 +27,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attenti
 from loramill.data.encoding import EncodedExample
 from loramill.jobs.train import forward
 from loramill.jobs.train.batching import pack, pad
-from loramill.jobs.train.forward import attention_window, configured_forward, frozen_head, loss_and_accuracy
+from loramill.jobs.train.forward import (
+    attention_window,
+    configured_forward,
+    frozen_head,
+    loss_and_accuracy,
+    recomputed_layers,
+    shares_passes,
+)
 from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.attention import VARLEN_NAMES, VarlenLayout, attend, attend_varlen
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
@@ -109,19 +118,24 @@ def test_the_norm_equals_that_of_transformers(dtype: torch.dtype) -> None:
 def test_a_norm_that_is_trained_keeps_its_own_forward() -> None:
     model = tiny_model()
     model.model.norm.weight.requires_grad_(True)
-    with configured_forward(model, 300, checkpointing=False):
+    with configured_forward(model, 300):
         assert "forward" in vars(model.model.layers[0].input_layernorm) and "forward" not in vars(model.model.norm)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_only_supported_models_use_the_attention_for_short_rows() -> None:
+def test_only_supported_models_share_passes() -> None:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    short, qwen = tiny_model(), Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
-    for model in (short, qwen):
-        with configured_forward(model, 300, checkpointing=False):
-            assert model.config._attn_implementation == attention.IMPLEMENTATION_NAME
-        with configured_forward(model, 3000, checkpointing=False):
-            assert model.config._attn_implementation == "sdpa"
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **small))
+    for model in (tiny_model(), qwen):
+        for longest in (300, 3000):
+            with configured_forward(model, longest):
+                assert shares_passes(model) and model.config._attn_implementation == attention.PARTS_NAME
+            with configured_forward(model, longest, masked=True):
+                assert not shares_passes(model)
+    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8))
+    for longest, name in ((300, "eager"), (3000, "sdpa")):
+        with configured_forward(other, longest):
+            assert not shares_passes(other) and other.config._attn_implementation == name
 
 
 CPU = torch.device("cpu")
@@ -168,7 +182,7 @@ def test_attention_over_a_layout_equals_attention_with_its_mask(
     mask = torch.zeros(count, 1, tokens, tokens).masked_fill(~rows.attention_mask()[:, None], -math.inf)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
     theirs, _ = eager_attention_forward(module, *exact, mask, 24**-0.5)  # type: ignore[arg-type]
-    ours, _ = attend_varlen(module, *inputs, None, 24**-0.5, row_layout=VarlenLayout.of(rows, CPU))  # type: ignore[arg-type]
+    ours, _ = attend_varlen(module, *inputs, None, 24**-0.5, row_layout=VarlenLayout.of([rows], CPU))  # type: ignore[arg-type]
     near(ours, theirs, dtype)
     back = torch.randn(theirs.shape, generator=generator)
     gradients = torch.autograd.grad(theirs, exact, back)
@@ -187,7 +201,7 @@ def test_attention_over_a_layout_on_this_gpu_equals_that_on_a_cpu(prefix: int, l
     found = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.bfloat16)):
         inputs = [each.to(device, dtype).transpose(1, 2).requires_grad_(True) for each in drawn]
-        layout = VarlenLayout.of(rows, torch.device(device))
+        layout = VarlenLayout.of([rows], torch.device(device))
         out, _ = attend_varlen(None, *inputs, None, 0.125, row_layout=layout, deterministic=True)  # type: ignore[arg-type]
         found.append([out.detach().cpu(), *(part.cpu() for part in torch.autograd.grad(out, inputs, back.to(out)))])
     for exact, first, second in zip(*found, strict=True):
@@ -196,14 +210,18 @@ def test_attention_over_a_layout_on_this_gpu_equals_that_on_a_cpu(prefix: int, l
 
 
 def test_a_layout_has_a_part_for_the_prefix_only_if_examples_share_it() -> None:
-    shared = VarlenLayout.of(pack(laid_out(7, (3, 9))), CPU)
+    shared = VarlenLayout.of([pack(laid_out(7, (3, 9)))], CPU)
     assert shared.own.row_starts.tolist() == shared.own.key_starts.tolist() == [0, 7, 10, 19]
-    assert shared.prefix is not None and shared.prefix_tokens == 7
-    assert (shared.prefix.row_starts.tolist(), shared.prefix.key_starts.tolist()) == ([0, 12], [0, 7])
-    single = VarlenLayout.of(pack(laid_out(7, (3,))), CPU)
-    assert (single.own.row_starts.tolist(), single.prefix, single.prefix_tokens) == ([0, 10], None, 0)
-    padded = VarlenLayout.of(pad(laid_out(2, (3, 1))), CPU)
-    assert (padded.own.row_starts.tolist(), padded.prefix) == ([0, 5, 10], None)
+    [prefix] = shared.prefixes
+    assert (prefix.rows, prefix.keys) == (slice(7, 19), slice(0, 7))
+    assert (prefix.batch.row_starts.tolist(), prefix.batch.key_starts.tolist()) == ([0, 12], [0, 7])
+    single = VarlenLayout.of([pack(laid_out(7, (3,)))], CPU)
+    assert (single.own.row_starts.tolist(), single.prefixes) == ([0, 10], ())
+    padded = VarlenLayout.of([pad(laid_out(2, (3, 1)))], CPU)
+    assert (padded.own.row_starts.tolist(), padded.prefixes) == ([0, 5, 10], ())
+    both = VarlenLayout.of([pad(laid_out(2, (3, 1))), pack(laid_out(7, (3, 9)))], CPU)
+    assert both.own.row_starts.tolist() == [0, 5, 10, 17, 20, 29]
+    assert [(each.rows, each.keys) for each in both.prefixes] == [(slice(17, 29), slice(10, 17))]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -234,7 +252,7 @@ def test_a_model_without_a_mask_has_the_loss_and_gradients_of_one_with_a_mask(
     weights = [layer.self_attn.k_proj.weight.requires_grad_(True) for layer in model.model.layers]
     for name in (None, VARLEN_NAMES[False]):
         monkeypatch.setattr(forward, "_attention", lambda *_, name=name, **__: name)
-        with configured_forward(model, 300, checkpointing=checkpointing):
+        with configured_forward(model, 300), recomputed_layers(model, checkpointing):
             loss, correct = loss_and_accuracy(model, model, examples, 20.0, packing=packing)
             found.append((loss.detach(), correct, *torch.autograd.grad(loss, weights)))
     for got, expected in zip(*found, strict=True):
@@ -285,7 +303,7 @@ def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pyte
     assert max(len(example.tokens) for example in examples) > 8
     monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
     assert attention_window(model) is None  # masks go by positions
-    with configured_forward(model, 300, checkpointing=False):
+    with configured_forward(model, 300):
         assert attention_window(model) == 8
         together, _ = loss_and_accuracy(model, model, examples, 1.0, packing=True)
         alone = [loss_and_accuracy(model, model, [example], 1.0, packing=True)[0] for example in examples]
@@ -293,13 +311,16 @@ def test_examples_longer_than_a_window_see_what_they_see_alone(monkeypatch: pyte
     torch.testing.assert_close(together, loss_of_transformers(model, examples), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("longest", [300, 3000], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("short", [True, False], ids=["short rows", "long rows"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", WINDOWED)
-def test_a_cpu_trains_with_the_windows_of_transformers(name: str, packing: bool, longest: int) -> None:
+def test_a_cpu_trains_with_the_windows_of_transformers(
+    name: str, packing: bool, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MAX_EAGER_TOKENS", 512 if short else 0)
     model, examples = windowed_model(name), random_examples(6, weighed=True)
     weights = [layer.self_attn.k_proj.weight.requires_grad_(True) for layer in model.model.layers]
-    with configured_forward(model, longest, checkpointing=False):
+    with configured_forward(model, 300):
         ours, _ = loss_and_accuracy(model, model, examples, 1.0, packing=packing)
         gradients = torch.autograd.grad(ours, weights)
     theirs = loss_of_transformers(model, examples)
@@ -331,7 +352,7 @@ def test_the_attention_on_a_gpu(
     monkeypatch.setattr("loramill.jobs.train.ops.layers.triton_problem", lambda _: None)
     for name, value in changes.items():
         setattr(model.config, name, value)
-    with configured_forward(model, 300, checkpointing=False, **options):
+    with configured_forward(model, 300, **options):
         assert model.config._attn_implementation == expected
     assert model.config._attn_implementation == "sdpa"
 

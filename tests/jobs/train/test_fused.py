@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama import modeling_llama
 
 from loramill.jobs.train import forward
-from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, recomputed_layers
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import layers
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
@@ -102,7 +102,7 @@ def test_a_model_on_a_gpu_is_fused_while_it_trains(monkeypatch: pytest.MonkeyPat
     model = tiny_model(torch.bfloat16)
     monkeypatch.setattr(layers, "triton_problem", lambda _: None)
     monkeypatch.setattr(type(model), "device", CUDA)
-    with configured_forward(model, 300, checkpointing=False):
+    with configured_forward(model, 300):
         replaced = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
         assert replaced == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
     assert not any("forward" in vars(module) for module in model.modules())
@@ -136,7 +136,8 @@ def launches(layer_count: int, *, checkpointing: bool) -> tuple[int, int]:
     found = []
     with (
         attach_adapter(model, spec_of(gradient_checkpointing=checkpointing), NOWHERE) as adapted,
-        configured_forward(model, 300, checkpointing=checkpointing),
+        configured_forward(model, 300),
+        recomputed_layers(model, checkpointing),
     ):
         loss_and_accuracy(model, model, random_examples(3), 10.0, packing=True)[0].backward()
         for weight in adapted.weights.values():
@@ -186,7 +187,7 @@ def test_fused_layers_on_this_gpu_equal_those_of_transformers(
         monkeypatch.setattr(forward, "layer_forwards", layer_forwards if fusing else lambda *_: ())
         with (
             attach_adapter(model, spec_of(), NOWHERE) as adapted,
-            configured_forward(model, 300, checkpointing=False, deterministic=True),
+            configured_forward(model, 300, deterministic=True),
         ):
             loss, _ = loss_and_accuracy(model, model, random_examples(6), 10.0, packing=True)
             loss.backward()

@@ -22,7 +22,7 @@ from transformers import (
 
 from loramill.data.encoding import EncodedExample
 from loramill.jobs.train import forward
-from loramill.jobs.train.forward import configured_forward, loss_and_accuracy
+from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, recomputed_layers
 from loramill.jobs.train.loop import TrainContext, train
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
@@ -144,7 +144,8 @@ def test_a_gpu_saves_the_predicted_tensors_of_a_layer(
         model = tiny_family(family, torch.bfloat16, num_hidden_layers=layers, vocab_size=LENGTH)
         with (
             attach_adapter(model, spec, Path()),
-            configured_forward(model, LENGTH, checkpointing=spec.gradient_checkpointing),
+            configured_forward(model, LENGTH),
+            recomputed_layers(model, spec.gradient_checkpointing),
         ):
             saved.append(saved_bytes(model, examples))
         base = anatomy(model.config.to_dict() | {"architectures": [type(model).__name__]})

@@ -191,12 +191,11 @@ def test_a_gpu_has_512_rows_of_logits_at_a_time_unless_the_head_is_trained() -> 
 def test_sizing_and_training_agree_on_what_is_computed_how() -> None:
     import torch
 
-    from loramill.jobs.train import forward
-    from loramill.jobs.train.ops import loss
+    from loramill.jobs.train.ops import attention, loss
     from loramill.kernels.attention import varlen
     from loramill.sizing import memory
 
-    assert (memory.HEAD_ROWS, memory.EAGER_TOKENS) == (loss.HEAD_ROWS, forward.MAX_EAGER_TOKENS)
+    assert (memory.HEAD_ROWS, memory.EAGER_TOKENS) == (loss.HEAD_ROWS, attention.MAX_EAGER_TOKENS)
     for head_dim in range(2, 300, 2):
         base = anatomy(SMALL | {"head_dim": head_dim})
         assert memory.needs_no_mask(base, "cuda", 2) == varlen.is_supported(torch.bfloat16, head_dim, backward=True)

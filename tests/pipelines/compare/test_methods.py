@@ -133,7 +133,7 @@ def test_an_initial_prefix_equals_the_base_after_its_text(model: LlamaForCausalL
 @pytest.mark.parametrize("longest", [64, 4096])
 def test_a_packed_prefix_trains_as_peft_does(model: LlamaForCausalLM, packing: bool, longest: int) -> None:
     """Loss and gradient, by each attention path, against PEFT's own forward pass, one example at a time."""
-    with prefix.attach_prefix(model, [31, 32, 33]) as attached, configured_forward(model, longest, checkpointing=False):
+    with prefix.attach_prefix(model, [31, 32, 33]) as attached, configured_forward(model, longest, masked=True):
         drawn_prefix(attached)
         loss, _ = loss_and_accuracy(attached.model, model, EXAMPLES, 1.0, packing=packing)
         torch.autograd.backward(loss)
@@ -163,7 +163,7 @@ def test_a_prefix_is_seen_by_layers_with_and_without_a_window() -> None:
     losses = []
     with (
         prefix.attach_prefix(windowed, [31, 32, 33]) as attached,
-        configured_forward(windowed, 64, checkpointing=False),
+        configured_forward(windowed, 64, masked=True),
     ):
         drawn_prefix(attached)
         for packing in (True, False):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loramill.jobs.train.methods import adapter_files, attach_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
-from loramill.jobs.train.methods.seeds import seeded
+from loramill.jobs.train.methods.seeds import seed_of
 from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
@@ -56,16 +56,15 @@ def train_steps(adapted: AdaptedModel, spec: JobSpec, steps: int | None = None, 
         {"params": [p], "lr": spec.learning_rate * adapted.lr_factors.get(n, 1.0)} for n, p in adapted.weights.items()
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True)
-    adapted.set_dropout(True)
     for step in range(begin, spec.steps if steps is None else steps):
-        with seeded(CPU, spec.seed, step):
-            loss = loss_of(adapted.model, tokens(seed=step))
+        adapted.set_dropout(seed_of(spec.seed, step))
+        loss = loss_of(adapted.model, tokens(seed=step))
         penalty = adapted.penalty()
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
         adapted.after_step(step + 1)
         optimizer.zero_grad()
-    adapted.set_dropout(False)
+    adapted.set_dropout(None)
 
 
 @torch.no_grad()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loramill.jobs.train.forward import configured_forward
+from loramill.jobs.train.forward import recomputed_layers
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
+from loramill.jobs.train.methods.layers import adapted_linear
 from loramill.models.catalog import Base
 
 from .method_training import load_model, loss_of, spec_of, tokens
@@ -38,10 +39,7 @@ def accumulate(adapted: AdaptedModel) -> None:
 @pytest.mark.parametrize(("method", "recomputed"), [*((method, False) for method in METHODS), ("lora", True)])
 def test_the_passes_of_a_step_share_one_cast_unless_recomputed(method: str, recomputed: bool, small: Base) -> None:
     model, spec = load_model(small, dtype=torch.bfloat16), spec_of(method=method, gradient_checkpointing=recomputed)
-    with (
-        attach_adapter(model, spec, small.folder) as adapted,
-        configured_forward(model, 1000, checkpointing=recomputed),
-    ):
+    with attach_adapter(model, spec, small.folder) as adapted, recomputed_layers(model, recomputed):
         matrices = 2 * 7 * model.config.num_hidden_layers
         optimizer = torch.optim.AdamW(adapted.weights.values(), lr=1e-2, fused=True)
         for step in (1, 2):
@@ -61,7 +59,12 @@ def test_shared_casts_change_no_bit(method: str, small: Base, monkeypatch: pytes
     for shared in (True, False):
         with attach_adapter(model, spec, small.folder) as adapted:
             if not shared:  # cast by autograd in each pass
-                layers = [module for module in model.modules() if hasattr(module, "factors")]
+                layers = [
+                    layer
+                    for module in model.modules()
+                    if (adapted_there := adapted_linear(module)) is not None
+                    for layer in adapted_there.layers.values()
+                ]
                 for layer in layers:
                     own = layer.factors
                     monkeypatch.setattr(

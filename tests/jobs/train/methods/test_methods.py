@@ -98,10 +98,12 @@ def test_the_base_is_unchanged_afterwards(small: Base, method: str, dtype: torch
         attach_adapter(model, spec_of(method=method, dropout=0.5), small.folder) as adapted,
     ):
         assert all(weight.dtype == torch.float32 for weight in adapted.weights.values())
-        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapted.weights.values()}
+        assert all(weight.requires_grad for weight in adapted.weights.values())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
         train_steps(adapted, spec_of(dropout=0.5), steps=2)
         raise KeyboardInterrupt
     assert str(model) == before[0] and dict(model.named_modules()) == modules
+    assert not any("forward" in vars(module) for module in model.modules())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(tensor, before[1][name]) for name, tensor in model.state_dict().items())
@@ -285,9 +287,11 @@ def test_dropout_is_off_by_default(small: Base) -> None:
     with trained_model(load_model(small), spec, small.folder) as adapted:
         still = logits_of(adapted.model)
         assert torch.equal(logits_of(adapted.model), still)
-        adapted.set_dropout(True)
-        assert not torch.equal(logits_of(adapted.model), logits_of(adapted.model))
-        adapted.set_dropout(False)
+        adapted.set_dropout(1)
+        first = logits_of(adapted.model)
+        adapted.set_dropout(2)
+        assert not torch.equal(first, still) and not torch.equal(first, logits_of(adapted.model))
+        adapted.set_dropout(None)
         assert torch.equal(logits_of(adapted.model), still)
 
 

@@ -60,7 +60,7 @@ def test_initial_factors_are_nearly_the_best_approximation(small: Base, method: 
     with attach_adapter(model, spec_of(method=method, rslora=True), small.folder) as adapted:
         for module in modules_of(adapted.weights):
             a, b = (adapted.weights[tensor_name(module, part)] for part in ("lora_A.weight", "lora_B.weight"))
-            weight = model.get_submodule(module).linear.weight
+            weight = model.get_submodule(module).weight
             target = originals.get_submodule(module).weight - weight if method == "loftq" else weight
             exact = _low_rank_decomposition(target, reduced_rank=4)
             least = (target - exact["L"] @ exact["R"]).norm()
