@@ -67,9 +67,10 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
 @app.command()
 def train(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
-    """Measure training and the job queue on the built-in base with one thread (about fifteen minutes).
+    """Measure training and the job queue on the built-in base with one thread (about twenty-five minutes).
 
-    Training speed is compared with PEFT and transformers' Trainer, and estimated memory with a job's actual memory.
+    Training speed is compared with PEFT and transformers' Trainer, and estimated memory with that of jobs, alone and in
+    one session.
     """
     from loramill_bench.training.run import BASELINES, run
 
