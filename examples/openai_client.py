@@ -112,6 +112,28 @@ def fine_tune(client: OpenAI) -> None:
     print("checkpoints:", len(client.fine_tuning.jobs.checkpoints.list(job.id).data))
 
 
+def fine_tune_on_preferences(client: OpenAI) -> None:
+    """Uploads pairs of answers and submits a DPO job for them, which is then cancelled."""
+    rows = [
+        {
+            "input": {"messages": user(f"Where is parcel {number}?")},
+            "preferred_output": [{"role": "assistant", "content": f"Parcel {number} is on its way."}],
+            "non_preferred_output": [{"role": "assistant", "content": "I do not know."}],
+        }
+        for number in range(32)
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=client.models.list().data[0].id,
+        training_file=file.id,
+        suffix="parcels",
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}},
+    )
+    assert job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
+    print("dpo:", job.method.type, job.method.dpo.hyperparameters.beta, client.fine_tuning.jobs.cancel(job.id).status)
+
+
 def catch_errors(client: OpenAI, model: str) -> None:
     """Invalid requests raise the `openai` package's own errors, with a message on how to correct them."""
     mistakes: dict[type[openai.APIStatusError], dict[str, Any]] = {
@@ -138,6 +160,7 @@ def main() -> None:
         generate(client, model)
         asyncio.run(generate_concurrently(model))
         fine_tune(client)
+        fine_tune_on_preferences(client)
         catch_errors(client, model)
 
 

@@ -52,6 +52,7 @@ MARKERS = {
         "loramill/registry/*",
         "loramill/sizing/test_memory*",
         "pipelines/compare/test_run*",
+        "pipelines/test_log_probs*",
         "serve/api/limits/*",
         "serve/api/test_open*",
         "serve/engine/test_engine_smollm2*",

@@ -273,6 +273,8 @@ def folder(tmp_path: Path) -> Path:
     """The folder that a page's commands run in, with the files that the pages name."""
     for name in ("train", "valid", "test", "more", "again", "monday", "bolt"):
         (tmp_path / f"{name}.jsonl").write_bytes(examples(word=name))
+    pairs = ({"prompt": f"thing {number}", "chosen": " yes", "rejected": " no"} for number in range(12))
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
     rows = "".join(f"thing {number},code {number}\n" for number in range(12))
     for name in ("acme", "questions"):
         (tmp_path / f"{name}.csv").write_text("question,answer\n" + rows)

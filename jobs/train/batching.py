@@ -19,7 +19,7 @@ from itertools import takewhile
 
 import torch
 
-from loramill.data.encoding import EncodedExample
+from loramill.data.encoding import EncodedExample, TrainingExample
 
 #: Fewer targets than this are filled up by copies of one, with a weight of 0. MKL computes products of one to three
 #: rows in other ways than those of more, and a row then has other bits than in a larger pass.
@@ -105,29 +105,45 @@ def group_for_passes(
         multiple_of: the number of groups is a multiple of this, if there are enough examples. Only with packing.
         window: as of `pack`.
     """
+    units = [(example,) for example in examples]
+    groups = group_units(units, max_tokens, packing=packing, multiple_of=multiple_of, window=window)
+    return [[examples[index] for index in group] for group in groups]
+
+
+def group_units(
+    units: Sequence[Sequence[EncodedExample]],
+    max_tokens: int,
+    *,
+    packing: bool = True,
+    multiple_of: int = 1,
+    window: int | None = None,
+) -> list[list[int]]:
+    """Splits units, whose examples are not split, into groups of their indices; arguments as of `group_for_passes`."""
     if packing:
-        return _group_evenly(examples, max_tokens, multiple_of, shared_prefix_length(examples, window))
-    groups: list[list[EncodedExample]] = []
-    for example in examples:
-        if groups and max(len(other.tokens) for other in (*groups[-1], example)) * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(example)
+        prefix = shared_prefix_length([example for unit in units for example in unit], window)
+        lengths = [sum(len(example.tokens) - prefix for example in unit) for unit in units]
+        return _group_evenly(lengths, max_tokens, multiple_of)
+    groups: list[list[int]] = []
+    rows = width = 0
+    for index, unit in enumerate(units):
+        rows, width = rows + len(unit), max(width, *(len(example.tokens) for example in unit))
+        if groups and rows * width <= max_tokens:
+            groups[-1].append(index)
         else:
-            groups.append([example])
+            groups.append([index])
+            rows, width = len(unit), max(len(example.tokens) for example in unit)
     return groups
 
 
-def _group_evenly(
-    examples: Sequence[EncodedExample], max_tokens: int, multiple_of: int, prefix: int
-) -> list[list[EncodedExample]]:
-    lengths = [len(example.tokens) - prefix for example in examples]
+def _group_evenly(lengths: Sequence[int], max_tokens: int, multiple_of: int) -> list[list[int]]:
     count = -(-sum(lengths) // (max_tokens * multiple_of)) * multiple_of
     tokens_per_group = sum(lengths) / count
-    groups: list[list[EncodedExample]] = []
+    groups: list[list[int]] = []
     before = 0
-    for example, length in zip(examples, lengths, strict=True):
+    for index, length in enumerate(lengths):
         if before >= len(groups) * tokens_per_group:
             groups.append([])
-        groups[-1].append(example)
+        groups[-1].append(index)
         before += length
     return groups
 
@@ -170,8 +186,8 @@ def shared_prefix_length(examples: Sequence[EncodedExample], window: int | None 
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def sequences(examples: Iterable[EncodedExample]) -> list[EncodedExample]:
-    """Returns the sequences of `examples`: one each, or several if an answer can't follow the one before."""
+def sequences(examples: Iterable[TrainingExample]) -> list[EncodedExample]:
+    """Returns the sequences of `examples`: one each, two of a pair, or several if an answer can't follow another."""
     return [sequence for example in examples for sequence in example.sequences]
 
 
@@ -201,7 +217,8 @@ def _packed_rows(
     example_tokens: list[int],
     targets: list[tuple[int, int, float]],
 ) -> PackedRows:
-    targets = [*targets, *[(*targets[0][:2], 0.0)] * (MIN_TARGETS - len(targets))]
+    copies = [(position, label, 0.0) for position, label, _ in targets[:1]] * (MIN_TARGETS - len(targets))
+    targets = [*targets, *copies]
     return PackedRows(
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ _ADDED_FIELDS = ("epochs", "objective", "dpo_loss", "beta", "desirable_weight", 
 #: Fields by the names that they had when the first checkpoints were written.
 _RENAMED_FIELDS = {"train_on": "learn"}
 
-_PARTS = ("weight", "first_moment", "second_moment", "state")
+_PARTS = ("weight", "first_moment", "second_moment", "state", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class CheckpointData:
         weights: the trained weights, under their names in PEFT's file.
         first_moments, second_moments: AdamW's moments, under the same names.
         state: other tensors of the method.
+        reference: preference tuning: log-probabilities of the model before the first step, by file of examples.
     """
 
     run_state: RunState
@@ -75,6 +76,7 @@ class CheckpointData:
     first_moments: dict[str, torch.Tensor]
     second_moments: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def write(folder: Path | str, spec: JobSpec, checkpoint: CheckpointData) -> None:
@@ -83,7 +85,13 @@ def write(folder: Path | str, spec: JobSpec, checkpoint: CheckpointData) -> None
     Raises:
         DiskFull: no space for it; the earlier checkpoints stay.
     """
-    parts = (checkpoint.weights, checkpoint.first_moments, checkpoint.second_moments, checkpoint.state)
+    parts = (
+        checkpoint.weights,
+        checkpoint.first_moments,
+        checkpoint.second_moments,
+        checkpoint.state,
+        checkpoint.reference,
+    )
     tensors = {
         f"{part} {name}": tensor for part, named in zip(_PARTS, parts, strict=True) for name, tensor in named.items()
     }

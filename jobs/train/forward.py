@@ -21,6 +21,7 @@ from loramill.jobs.train.batching import PackedRows, pack, pad
 from loramill.jobs.train.methods.layers import adapted_linear
 from loramill.jobs.train.ops import attention
 from loramill.jobs.train.ops.layers import layer_forwards
+from loramill.jobs.train.ops.log_probs import token_log_probs
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.kernels.attention import varlen
 from loramill.kernels.device import is_out_of_memory
@@ -62,6 +63,14 @@ class Predictions:
         if self.head is None:
             return cross_entropy(self.states, labels, weights)
         return cross_entropy_of_head(self.states, self.head, labels, weights)
+
+    def log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the log-probabilities of the supervised tokens, and whether each is the most likely token.
+
+        Returns:
+            float32 [S] in nats, with a gradient, and bool [S].
+        """
+        return token_log_probs(self.states, self.head, self.rows.labels.to(self.states.device))
 
 
 def predict(model: Callable[..., Any], base: PreTrainedModel, parts: Sequence[PackedRows]) -> list[Predictions]:

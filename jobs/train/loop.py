@@ -18,17 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import EncodedExample
+from loramill.data.encoding import EncodedExample, EncodedPair, TrainingExample
 from loramill.errors import ArtifactMissing, DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
 from loramill.jobs.train import checkpoint
-from loramill.jobs.train.batching import choose_batch, group_for_passes, sequences, supervised_weight
+from loramill.jobs.train.batching import choose_batch, group_units, supervised_weight
 from loramill.jobs.train.checkpoint import CheckpointData, RunState
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
 from loramill.jobs.train.engine import Part, TrainingEngine, Work
@@ -37,6 +37,10 @@ from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.seeds import seed_of
+from loramill.jobs.train.objectives.batch import BatchLoss
+from loramill.jobs.train.objectives.losses import METRICS
+from loramill.jobs.train.objectives.objective import objective_of
+from loramill.jobs.train.objectives.preference import answer_log_probs
 from loramill.jobs.train.optimizer import AdamW, Optimizer, OptimizerState
 from loramill.types import JobSpec
 
@@ -52,7 +56,8 @@ class TrainContext:
     """A job's spec and data, and everything around them that training uses.
 
     Attributes:
-        train_examples, valid_examples: without validation examples nothing is validated, and nothing stops early.
+        train_examples, valid_examples: of the kind that the spec's objective needs. Without validation examples nothing
+            is validated, and nothing stops early.
         base_folder: the base's files.
         checkpoints: folder or fsspec URL of this job alone.
         start_from: PEFT folder whose weights training starts from, of the same rank, targets and scale.
@@ -66,8 +71,8 @@ class TrainContext:
     """
 
     spec: JobSpec
-    train_examples: Sequence[EncodedExample]
-    valid_examples: Sequence[EncodedExample] = ()
+    train_examples: Sequence[TrainingExample]
+    valid_examples: Sequence[TrainingExample] = ()
     base_folder: Path
     checkpoints: Path | str
     start_from: Path | None = None
@@ -89,13 +94,15 @@ class TrainingProgress:
 
     Attributes:
         step: 1 to `total_steps`; an early stop ends before.
-        loss: weighted mean cross-entropy of the step's supervised tokens, in nats, before its update.
-        accuracy: weighted share of these tokens that the model predicts as the most likely.
+        loss: the objective's loss of the step's examples, before its update; of answers, the weighted mean
+            cross-entropy of their supervised tokens in nats.
+        accuracy: weighted share of the supervised tokens that the model predicts as the most likely.
         grad_norm: before clipping.
         trained_tokens: tokens trained on so far, prompts included.
         valid_loss, valid_accuracy: the same over the validation examples, after the update; None if the step has no
             validation.
         is_best: whether this is the lowest validation loss so far.
+        rewards: preference tuning: `losses.METRICS` of the step, and of its validation with the prefix "valid_".
     """
 
     step: int
@@ -108,6 +115,7 @@ class TrainingProgress:
     valid_loss: float | None = None
     valid_accuracy: float | None = None
     is_best: bool = False
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -116,7 +124,7 @@ class TrainingProgress:
         if self.valid_loss is not None and self.valid_accuracy is not None:
             for name in ("valid", "full_valid"):  # a validation always covers the whole file
                 metrics |= {f"{name}_loss": self.valid_loss, f"{name}_mean_token_accuracy": self.valid_accuracy}
-        return metrics
+        return {**metrics, **self.rewards}
 
 
 def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingProgress, None, None]:
@@ -138,8 +146,7 @@ def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingPr
     _check_supervised(context.train_examples, "training")
     if context.valid_examples:
         _check_supervised(context.valid_examples, "validation")
-    examples = sequences((*context.train_examples, *context.valid_examples))
-    longest = max(len(example.tokens) for example in examples)
+    longest = _longest_unit((*context.train_examples, *context.valid_examples))
     spec, pass_tokens = context.spec, context.pass_tokens
     with (
         translate_oom(pass_tokens, longest),
@@ -194,6 +201,7 @@ class TrainingRun:
     def __init__(self, model: PreTrainedModel, adapted: AdaptedModel, context: TrainContext) -> None:
         self.state = self._saved = RunState()
         self._model, self._adapted, self._context, self._spec = model, adapted, context, context.spec
+        self._objective = objective_of(context.spec, context.train_examples, context.valid_examples)
         self._optimizer = adapted.optimizer or AdamW(
             adapted.weights,
             adapted.lr_factors,
@@ -213,6 +221,7 @@ class TrainingRun:
         self.state = self._saved = last.run_state
         if self.state.finished:
             return
+        self._objective.reference = last.reference
         _copy_into(self._adapted.state, last.state)
         moments = OptimizerState(last.weights, last.first_moments, last.second_moments)
         self._optimizer.load_state(self.state.step, moments)
@@ -220,6 +229,7 @@ class TrainingRun:
     def advance(self) -> Work[TrainingProgress]:
         """Takes a step and the validation that is due after it, or only that validation, after a pause before it."""
         try:
+            yield from self._objective.prepare(self._score)
             if not self.state.pending:
                 self.state = yield from self._step()
             if self.state.pending:
@@ -235,15 +245,17 @@ class TrainingRun:
             total_steps=self._spec.steps,
             trained_tokens=state.tokens,
             is_best=state.best_step == state.step,
-            **metrics,
+            rewards={name: value for name, value in metrics.items() if name.endswith(METRICS)},
+            **{name: value for name, value in metrics.items() if not name.endswith(METRICS)},
         )
 
     def _step(self) -> Work[RunState]:
         spec, step, examples = self._spec, self.state.step, self._context.train_examples
         indices = choose_batch(len(examples), spec.batch_size, step, spec.seed, epochs=spec.epochs is not None)
-        batch = [examples[index] for index in indices]
         rate = learning_rate(spec, step)
-        loss, accuracy = yield from self._mean_loss(batch, training=True)
+        batch = yield from self._objective.batch("train", indices, self._score)
+        figures = yield from self._figures(batch, training=True)
+        loss = figures["loss"]
         norm = self._optimizer.step(rate) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}", indices)
@@ -252,8 +264,8 @@ class TrainingRun:
         return replace(
             self.state,
             step=step + 1,
-            tokens=self.state.tokens + sum(len(example.tokens) for example in sequences(batch)),
-            figures={"loss": loss, "accuracy": accuracy, "learning_rate": rate, "grad_norm": norm},
+            tokens=self.state.tokens + sum(len(sequence.tokens) for unit in batch.units for sequence in unit),
+            figures=figures | {"learning_rate": rate, "grad_norm": norm},
             pending=bool(self._context.valid_examples) and self._validates_after(step + 1),
             finished=step + 1 == spec.steps and not self._context.valid_examples,
         )
@@ -264,7 +276,10 @@ class TrainingRun:
 
     def _validate(self) -> Work[RunState]:
         state = self.state
-        loss, accuracy = yield from self._mean_loss(self._context.valid_examples, training=False)
+        indices = range(len(self._context.valid_examples))
+        batch = yield from self._objective.batch("valid", indices, self._score)
+        figures = yield from self._figures(batch, training=False)
+        loss = figures["loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", [])
         may_be_best = state.step >= self._adapted.best_from_step
@@ -272,7 +287,7 @@ class TrainingRun:
         stale = 0 if better or not may_be_best else state.stale + 1
         return replace(
             state,
-            figures={**(state.figures or {}), "valid_loss": loss, "valid_accuracy": accuracy},
+            figures=(state.figures or {}) | {f"valid_{name}": value for name, value in figures.items()},
             pending=False,
             best_step=state.step if better else state.best_step,
             best_loss=loss if better else state.best_loss,
@@ -280,53 +295,67 @@ class TrainingRun:
             finished=state.step == self._spec.steps or (self._spec.patience or math.inf) <= stale,
         )
 
-    def _mean_loss(self, examples: Sequence[EncodedExample], *, training: bool) -> Work[tuple[float, float]]:
-        """Returns the mean loss and accuracy over `examples`, of all processes.
+    def _figures(self, batch: BatchLoss, *, training: bool) -> Work[dict[str, float]]:
+        """Returns what the batch adds up, over the passes of all processes, without what is NaN besides the loss.
 
         Args:
             training: also compute the gradients of this process's passes.
         """
         group, optimizer = self._context.process_group, self._optimizer
-        examples = sequences(examples)
-        total_weight = math.fsum(map(supervised_weight, examples))
-        sums = torch.zeros(2, dtype=torch.float64, device=self._model.device)
-        passes = group_for_passes(
-            examples,
-            self._context.pass_tokens,
-            packing=self._spec.packing,
-            multiple_of=group.size,
-            window=attention_window(self._model),
-        )
+        sums = torch.zeros(len(batch.names), dtype=torch.float64, device=self._model.device)
+        passes = self._passes(batch.units)
         own = [(each, 1.0) for each in passes[group.rank :: group.size]]
         if optimizer.collective and len(own) < -(-len(passes) // group.size):
             own.append((passes[0], 0.0))  # a pass that counts for nothing, during the last pass of the others
         with group.all_reduce_on_exit(sums):
-            for number, (pass_examples, factor) in enumerate(own, start=1):
+            for number, (indices, factor) in enumerate(own, start=1):
                 with group.all_reduce_on_exit(sums.new_zeros(0)) if optimizer.collective else nullcontext():
                     self._context.raise_if_stopped()
-                backward = partial(_backward, optimizer, factor, number == len(own)) if optimizer.collective else None
-                sums += factor * (yield self._part(pass_examples, total_weight, number, training, backward))
+                rows = [sequence for index in indices for sequence in batch.units[index]]
+                part = self._part(rows, partial(batch.of_pass, indices), number if training else None)
+                if optimizer.collective:
+                    part = replace(part, backward=partial(_backward, optimizer, factor, number == len(own)))
+                sums += factor * (yield part)
             if training and group.rank == 0 and (penalty := self._adapted.penalty()) is not None:
                 optimizer.backward(penalty, last=True)
-        return sums[0].item(), sums[1].item()
+        figures = dict(zip(batch.names, sums.tolist(), strict=True))
+        return {name: value for name, value in figures.items() if name not in METRICS or not math.isnan(value)}
+
+    def _score(self, answers: Sequence[EncodedExample]) -> Work[torch.Tensor]:
+        """Returns log-probabilities of answers by the adapter as it is, float64 [n] on the CPU, from all processes."""
+        group = self._context.process_group
+        scores = torch.zeros(len(answers), dtype=torch.float64, device=self._model.device)
+        with group.all_reduce_on_exit(scores):
+            for indices in self._passes([(answer,) for answer in answers])[group.rank :: group.size]:
+                self._context.raise_if_stopped()
+                rows = [answers[index] for index in indices]
+                scores[indices] = yield self._part(rows, partial(_summed_log_probs, rows), None)
+        return scores.cpu()
+
+    def _passes(self, units: Sequence[Sequence[EncodedExample]]) -> list[list[int]]:
+        return group_units(
+            units,
+            self._context.pass_tokens,
+            packing=self._spec.packing,
+            multiple_of=self._context.process_group.size,
+            window=attention_window(self._model),
+        )
 
     def _part(
         self,
-        examples: Sequence[EncodedExample],
-        total_weight: float,
-        number: int,
-        training: bool,
-        backward: Callable[[torch.Tensor], None] | None,
+        rows: Sequence[EncodedExample],
+        loss: Callable[[Predictions], tuple[torch.Tensor, torch.Tensor]],
+        number: int | None,
     ) -> Part:
-        spec, rank = self._spec, self._context.process_group.rank
+        """Returns a part for training if it has a number within its step."""
+        spec, rank, training = self._spec, self._context.process_group.rank, number is not None
         return Part(
             adapter=self._adapted,
-            rows=lay_out(examples, self._model, packing=spec.packing),
-            loss=partial(_cross_entropy, total_weight),
+            rows=lay_out(rows, self._model, packing=spec.packing),
+            loss=loss,
             training=training,
             recompute=training and spec.gradient_checkpointing,
             dropout_key=seed_of(spec.seed, "dropout", self.state.step, rank, number) if training else None,
-            backward=backward,
         )
 
     def _save(self) -> None:
@@ -344,6 +373,7 @@ class TrainingRun:
                 first_moments={} if finished else optimizer_state.first_moments,
                 second_moments={} if finished else optimizer_state.second_moments,
                 state={**self._adapted.state, **self._adapted.derived()},
+                reference={} if finished else dict(self._objective.reference),
             )
             checkpoint.write(self._context.checkpoints, self._spec, data)
         self._saved = self.state
@@ -360,11 +390,6 @@ class TrainingRun:
         )
 
 
-def _cross_entropy(total_weight: float, predictions: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, correct = predictions.cross_entropy(total_weight)
-    return loss, torch.stack([loss.detach(), correct])
-
-
 def _backward(optimizer: Optimizer, factor: float, last: bool, loss: torch.Tensor) -> None:
     optimizer.backward(loss * factor, last=last)
 
@@ -375,8 +400,27 @@ def _copy_into(tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.T
         tensor.copy_(values[name])
 
 
-def _check_supervised(examples: Sequence[EncodedExample], use: str) -> None:
-    unsupervised = [number for number, example in enumerate(examples, start=1) if not supervised_weight(example)]
+def _longest_unit(examples: Sequence[TrainingExample]) -> int:
+    """Tokens of the longest sequence, or of the longest pair, which is computed in one pass."""
+    return max(
+        sum(len(sequence.tokens) for sequence in example.sequences)
+        if isinstance(example, EncodedPair)
+        else max(len(sequence.tokens) for sequence in example.sequences)
+        for example in examples
+    )
+
+
+def _summed_log_probs(rows: Sequence[EncodedExample], predictions: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = answer_log_probs(rows, predictions)[0].sums
+    return sums.sum(), sums
+
+
+def _check_supervised(examples: Sequence[TrainingExample], use: str) -> None:
+    unsupervised = [
+        number
+        for number, example in enumerate(examples, start=1)
+        if not all(supervised_weight(sequence) for sequence in example.sequences)
+    ]
     if unsupervised or not examples:
         subject = f"The {use} data has no examples, and so"
         if unsupervised:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import EncodedExample, encode_example
+from loramill.data.encoding import TrainingExample, encode_for_training
 from loramill.data.examples import Example, Examples, read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
@@ -247,21 +247,23 @@ def read_dataset(worker: Worker, job: JobRecord, dataset: str) -> Examples:
     return read_examples(worker.registry.artifacts.read(record.artifact, "data.jsonl"), record.filename)
 
 
-def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[EncodedExample]:
+def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[TrainingExample]:
     """Encodes examples. A template that writes the date gets the job's submission date, so that every attempt trains
     on the same tokens."""
     tokenizer = worker.tokenizer.at_time(datetime.fromtimestamp(job.created_at, UTC))
-    return [encode_example(tokenizer, example, job.spec.train_on) for example in examples.examples]
+    return [encode_for_training(tokenizer, example, job.spec.train_on) for example in examples.examples]
 
 
 def report_supervised_tokens(
-    worker: Worker, job: JobRecord, examples: Sequence[Example], encoded: Sequence[EncodedExample]
+    worker: Worker, job: JobRecord, examples: Sequence[Example], encoded: Sequence[TrainingExample]
 ) -> None:
     """Adds one event to the job's history: how many answers and tokens of the training file are supervised."""
     parts = sequences(encoded)
     counts = {
         "examples": len(examples),
-        "answers": sum(len(example.answers) if example.prompt is None else 1 for example in examples),
+        "answers": sum(
+            len(side.answers) if side.prompt is None else 1 for example in examples for side in example.sides
+        ),
         "trained_answers": sum(len(part.spans) for part in parts),
         "supervised_tokens": sum(map(count_supervised_tokens, parts)),
     }

@@ -104,6 +104,55 @@ class EncodedPair:
     chosen: EncodedExample
     rejected: EncodedExample
 
+    @property
+    def sequences(self) -> tuple[EncodedExample, ...]:
+        """Both."""
+        return self.chosen, self.rejected
+
+    @property
+    def line(self) -> int:
+        """Its line in the file."""
+        return self.chosen.line
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledAnswer:
+    """An answer that is good (`desirable`) or bad; only the answer and its end are trained."""
+
+    answer: EncodedExample
+    desirable: bool
+
+    @property
+    def sequences(self) -> tuple[EncodedExample, ...]:
+        """The answer with its prompt."""
+        return (self.answer,)
+
+    @property
+    def line(self) -> int:
+        """Its line in the file."""
+        return self.answer.line
+
+
+TrainingExample = EncodedExample | EncodedPair | LabeledAnswer
+
+
+def encode_for_training(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> TrainingExample:
+    """Tokens of an example of any kind.
+
+    Args:
+        tokenizer: the base's.
+        example: the example.
+        train_on: the answers of a conversation to train on; of preference data, only the answers that are judged are.
+
+    Raises:
+        DatasetInvalid: as `encode_pair`.
+    """
+    if example.kind == "preference":
+        return encode_pair(tokenizer, example)
+    if example.label is not None:
+        return LabeledAnswer(encode_example(tokenizer, example, "only_last"), example.label)
+    return encode_example(tokenizer, example, train_on)
+
 
 def encode_pair(tokenizer: ChatTokenizer, example: Example) -> EncodedPair:
     """Tokens of a preference.
@@ -167,10 +216,10 @@ def check_tokens(
 
 def _encode_sides(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> Mapping[str, EncodedExample]:
     """The encoded answers of an example by what they are called in messages."""
-    if example.kind == "preference":
-        pair = encode_pair(tokenizer, example)
-        return {"chosen ": pair.chosen, "rejected ": pair.rejected}
-    return {"": encode_example(tokenizer, example, train_on)}
+    encoded = encode_for_training(tokenizer, example, train_on)
+    if isinstance(encoded, EncodedPair):
+        return {"chosen ": encoded.chosen, "rejected ": encoded.rejected}
+    return {"": encoded.answer if isinstance(encoded, LabeledAnswer) else encoded}
 
 
 def _length_problems(sequences: Sequence[EncodedExample], side: str, max_length: int) -> Iterator[str]:

@@ -79,7 +79,7 @@ class LoramillOptions(FrozenModel):
     desirable_weight: float | None = spec_field("desirable_weight")
     undesirable_weight: float | None = spec_field("undesirable_weight")
     train_on: RequestedTrainOn | None = Field(default=None, description=TRAIN_ON_DESCRIPTION)
-    learning_rate: float | None = spec_field("learning_rate", "0.001; full, or dpo, orpo and kto: 0.0001")
+    learning_rate: float | None = spec_field("learning_rate", "0.001; full, dpo and kto: 0.0001")
     schedule: Schedule | None = spec_field("schedule")
     steps: int | None = Field(default=None, description="Number of optimizer steps; overrides the number of epochs.")
     warmup_ratio: float | None = spec_field("warmup_ratio")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from loramill.errors import DatasetInvalid, InvalidRequest, UnsupportedParameter
+from loramill.errors import DatasetInvalid, InvalidRequest
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import adapters, audit, datasets, jobs, pool_gpus
@@ -25,10 +25,7 @@ from loramill.submission.defaults import count_training_tokens, resolve_spec
 from loramill.submission.objectives import check_kind
 from loramill.submission.references import find_file, named_by
 from loramill.submission.request import JobRequest
-from loramill.types import Executor, JobRecord, JobSpec, Objective
-
-#: The objectives that workers can train.
-TRAINED_OBJECTIVES: tuple[Objective, ...] = ("sft",)
+from loramill.types import Executor, JobRecord, JobSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +142,6 @@ def check_spec(
         warnings = context.checks.warnings(train, valid)
     pool = _with_known_gpu(session, context.settings)
     spec, explanation = fit_spec(spec, context.base, (*lengths, *valid_lengths), pool, adjustable)
-    if spec.objective not in TRAINED_OBJECTIVES:
-        raise UnsupportedParameter(
-            f"Jobs with the objective '{spec.objective}' are checked but can't be trained yet; use 'sft'.",
-            param="loramill.objective",
-        )
     cost = count_training_tokens(spec, lengths, train.examples)
     notes: list[tuple[Literal["info", "warn"], str]] = [("info", explanation)] if explanation else []
     notes += [("warn", warning) for warning in warnings]

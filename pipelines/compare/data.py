@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from loramill.data.encoding import EncodedExample, check_tokens, encode_example
 from loramill.data.examples import Example, read_examples
 from loramill.data.tokenizer import ChatTokenizer
+from loramill.errors import DatasetInvalid
 from loramill.models.catalog import Base, find_base
 from loramill.names import AdapterName
 from loramill.pipelines.compare.types import LEARNING_RATES, Task
@@ -38,7 +39,7 @@ def read_task(task: Task) -> TaskData:
 
     Raises:
         BaseUnusable: the base was not found.
-        DatasetInvalid: an example is bad, or too long for the base.
+        DatasetInvalid: an example is bad, or too long for the base, or a preference.
         InvalidRequest: a hyperparameter is invalid.
     """
     base = find_base(task.base, task.cache, "nf4" if task.subject == "qlora" else "none")
@@ -46,6 +47,11 @@ def read_task(task: Task) -> TaskData:
     files = [read_examples(path.read_bytes(), path.name) for path in (task.train, task.valid, task.test)]
     spec = _spec(task, base, len(files[0].examples))
     for file in files:
+        if file.kind != "supervised":
+            raise DatasetInvalid(
+                f"{file.filename} holds preferences, and methods are compared on answers: give messages, or prompt and "
+                "completion."
+            )
         check_tokens(file, tokenizer, spec.max_length, spec.train_on)
     train, valid = (
         tuple(encode_example(tokenizer, each, spec.train_on) for each in file.examples) for file in files[:2]

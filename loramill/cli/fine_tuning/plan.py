@@ -29,6 +29,7 @@ _METAVARS = {
     "per_gpu": None,
     "tenants": None,
     "method": "WORD",
+    "objective": "WORD",
     "quantization": "WORD",
     "rank": None,
     "targets": "LIST",

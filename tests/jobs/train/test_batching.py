@@ -88,7 +88,8 @@ def test_rows_contain_the_tokens_of_their_examples(examples: list[EncodedExample
         for span in example.spans
         for position in range(max(1, span.start), span.stop)
     ]
-    assert predicted == expected
+    assert predicted[: len(expected)] == expected
+    assert all(share == 0 for *_, share in predicted[len(expected) :]), "copies, where there are few"
     assert len(expected) == sum(map(count_supervised_tokens, examples))
     assert sum(share for *_, share in expected) == pytest.approx(sum(map(supervised_weight, examples)))
 

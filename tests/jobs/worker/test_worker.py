@@ -93,6 +93,24 @@ def test_a_job_becomes_a_version_that_peft_loads(worker: Worker) -> None:
     assert not (worker.checkpoints / job.id).exists()
 
 
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preferences_are_trained_to_a_version_with_rewards_as_metrics(worker: Worker, objective: str) -> None:
+    judged = {"completion": " YES", "label": True} if objective == "kto" else {"chosen": " YES", "rejected": " no"}
+    rows = [{"prompt": f"say {number}:", **judged} for number in range(8)]
+    if objective == "kto":
+        rows[1::2] = [{**row, "completion": " no", "label": False} for row in rows[1::2]]
+    raw = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    job = submit(worker, raw, objective=objective, learning_rate=1e-3, steps=3, batch_size=8)
+    assert run_next_job(worker)
+    assert now(worker, job).status is JobStatus.SUCCEEDED
+    with worker.registry.reading() as session:
+        events = jobs.list_events(session, job.id)
+    metrics = [event.data for event in events if event.kind == "metrics"]
+    assert [metrics[-1][f"rewards/{name}"] > 0 for name in ("margins", "accuracies")] == [True, True]
+    (counted,) = [event.message for event in events if "supervised" in event.message]
+    assert counted.startswith(f"Training on {8 if objective == 'kto' else 16} of ")
+
+
 def two_turns(count: int, **last: object) -> bytes:
     """Conversations with two answers; `last` is added to the second message."""
     rows = []

@@ -12,7 +12,6 @@ from loramill.client.jobs import JobsResource
 from loramill.client.models import File
 from loramill.registry import jobs
 from loramill.registry.jobs import checkpoints
-from loramill.submission import submit
 from loramill.submission.options import JobOptions, JobOptionsDict
 from loramill.types import JobStatus
 
@@ -124,10 +123,7 @@ def test_every_option_reaches_the_spec(gateway: RunningGateway, tenant: str) -> 
 
 
 @pytest.mark.parametrize("objective", PREFERENCES)
-def test_options_of_preference_tuning_reach_the_spec(
-    gateway: RunningGateway, tenant: str, monkeypatch: pytest.MonkeyPatch, objective: str
-) -> None:
-    monkeypatch.setattr(submit, "TRAINED_OBJECTIVES", tuple(PREFERENCES))
+def test_options_of_preference_tuning_reach_the_spec(gateway: RunningGateway, tenant: str, objective: str) -> None:
     answers = {"completion": " b", "label": True} if objective == "kto" else {"chosen": " b", "rejected": " c"}
     lines = b"".join(json.dumps({"prompt": f"{i}?", **answers}).encode() + b"\n" for i in range(12))
     with gateway.client() as client:

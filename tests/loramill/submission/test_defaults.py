@@ -45,10 +45,12 @@ def base(context: int = 2048) -> Base:
     return Base("tiny", Path(), "f" * 64, "LlamaForCausalLM", context)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
-def test_preferences_are_trained_at_a_lower_learning_rate(objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "rate"), [("dpo", PREFERENCE_LEARNING_RATE), ("orpo", 1e-3), ("kto", PREFERENCE_LEARNING_RATE)]
+)
+def test_preferences_are_trained_at_a_lower_learning_rate(objective: str, rate: float) -> None:
     spec = resolve(hyperparameters={"learning_rate_multiplier": 3.0}, objective=objective)
-    assert (spec.objective, spec.learning_rate) == (objective, 3 * PREFERENCE_LEARNING_RATE)
+    assert (spec.objective, spec.learning_rate) == (objective, 3 * rate)
     assert openai_hyperparameters(spec, 160)["learning_rate_multiplier"] == 3.0
     assert resolve(objective=objective, max_length=100).max_example_tokens == (100 if objective == "kto" else 200)
 

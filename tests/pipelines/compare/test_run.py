@@ -240,3 +240,9 @@ def test_bad_data_are_refused_with_their_line(tiny: Path, examples: Path, tmp_pa
     bad.write_text((examples / "test.jsonl").read_text() + "{}\n")
     with pytest.raises(DatasetInvalid, match=r"test\.jsonl, line 5"):
         plan(tiny, examples, tmp_path, test=bad)
+
+
+def test_methods_are_not_compared_on_preferences(tiny: Path, examples: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
+    with pytest.raises(DatasetInvalid, match=r"pairs\.jsonl holds preferences"):
+        plan(tiny, examples, tmp_path, test=tmp_path / "pairs.jsonl")

@@ -54,6 +54,7 @@ def test_an_ordinary_users_script(python: Path, site: Any, tenant: str) -> None:
     assert printed["completions"] == "['Once upon', 'There was']"
     assert printed["async"] == "['Tell me about rain.', 'Tell me about snow.', 'A fog', 'A storm']"
     assert printed["cancelled"] == "cancelled"
+    assert printed["dpo"] == "dpo 0.2 cancelled"
     errors = re.findall(r"^error: (\d+ \w+) \S", done.stdout, re.MULTILINE)
     assert errors == ["404 model_not_found", "400 unsupported_parameter", "401 invalid_api_key"]
 

@@ -14,7 +14,6 @@ from openai import OpenAI
 
 from loramill.errors import TrainingDiverged
 from loramill.registry import jobs
-from loramill.submission import submit
 from loramill.types import TARGETS, VersionRecord
 
 
@@ -120,12 +119,6 @@ def pairs(client: OpenAI) -> str:
     return client.files.create(file=("pairs.jsonl", PAIRS), purpose="fine-tune").id
 
 
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "TRAINED_OBJECTIVES", ("sft", "dpo", "orpo", "kto"))
-
-
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(("beta", "expected"), [(0.3, 0.3), ("auto", 0.1)])
 def test_create_dpo(client: OpenAI, pairs: str, beta: Any, expected: float) -> None:
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": beta, "n_epochs": 2, "batch_size": 4}}}
@@ -142,7 +135,6 @@ def test_create_dpo(client: OpenAI, pairs: str, beta: Any, expected: float) -> N
     assert listed.method == job.method
 
 
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("objective", ["orpo", "kto"])
 def test_create_with_another_objective(client: OpenAI, pairs: str, objective: str) -> None:
     labels = client.files.create(file=("labels.jsonl", LABELS), purpose="fine-tune").id
@@ -154,13 +146,6 @@ def test_create_with_another_objective(client: OpenAI, pairs: str, objective: st
         assert (job.method.type, spec["objective"], spec["beta"]) == ("dpo", objective, 0.2)
 
 
-def test_preferences_are_not_trained_yet(client: OpenAI, pairs: str) -> None:
-    with pytest.raises(openai.BadRequestError, match="'dpo' are checked but can't be trained yet") as caught:
-        client.fine_tuning.jobs.create(model="tiny", training_file=pairs, method={"type": "dpo"})
-    assert caught.value.code == "unsupported_parameter"
-
-
-@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     ("objective", "kind", "message"),
     [

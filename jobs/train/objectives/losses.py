@@ -162,16 +162,16 @@ def kto(
         desirable_answers, undesirable_answers: numbers of them in the batch.
 
     Returns:
-        Of the metrics, rewards are averaged over the answers of one kind, and are 0 if there is none. The accuracy is
-        the fraction of answers for which z is above 0.
+        Of the metrics, rewards are averaged over the answers of one kind; they and the margin are NaN if the batch has
+        none. The accuracy is the fraction of answers for which z is above 0.
     """
     ratios = answers.sums - reference
     gains = torch.where(desirable, ratios - kl, kl - ratios)
     weights = torch.where(desirable, desirable_weight, undesirable_weight).to(gains)
     count = desirable_answers + undesirable_answers
     rewards, right = beta * ratios.detach(), (gains.detach() > 0).double().sum() / count
-    chosen = rewards[desirable].sum() / max(1, desirable_answers)
-    rejected = rewards[~desirable].sum() / max(1, undesirable_answers)
+    chosen = rewards[desirable].sum() / (desirable_answers or math.nan)
+    rejected = rewards[~desirable].sum() / (undesirable_answers or math.nan)
     loss = (weights * (1 - torch.sigmoid(beta * gains))).sum() / count
     return PassLoss(loss, torch.stack([chosen, rejected, chosen - rejected, right]))
 
