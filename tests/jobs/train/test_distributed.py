@@ -15,7 +15,7 @@ from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.loop import ProcessGroup, TrainingProgress
 from loramill.types import JobSpec
 
-from .tiny_training import random_examples, spec_of, tiny_model, train
+from .tiny_training import random_examples, random_judged, spec_of, tiny_model, train
 
 HELD_OUT = random_examples(5, seed=1, weighed=True)
 
@@ -61,11 +61,12 @@ class Group:
 
 
 def points(spec: JobSpec, checkpoints: Path, processes: ProcessGroup, **more: Any) -> list[TrainingProgress]:
+    preferences = spec.objective != "sft"
     return list(
         train(
             tiny_model(),
-            random_examples(23, weighed=True),
-            HELD_OUT,
+            random_judged(spec.objective, 23) if preferences else random_examples(23, weighed=True),
+            random_judged(spec.objective, 5, 1) if preferences else HELD_OUT,
             spec,
             checkpoints=checkpoints,
             process_group=processes,
@@ -81,6 +82,8 @@ def points(spec: JobSpec, checkpoints: Path, processes: ProcessGroup, **more: An
         (3, {"micro_tokens": 20}),
         (4, {"batch_size": 2, "packing": False}),
         (4, {"epochs": 2, "steps": 6, "batch_size": 11}),  # of 23 examples the third step has one
+        (2, {"objective": "dpo", "learning_rate": 5e-3}),
+        (3, {"objective": "kto", "micro_tokens": 20}),
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "adalora"])

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import EncodedExample, TokenSpan
+from loramill.data.encoding import EncodedExample, EncodedPair, LabeledAnswer, TokenSpan, TrainingExample
 from loramill.jobs.train import loop
 from loramill.jobs.train.loop import TrainContext, TrainingProgress
 from loramill.types import JobSpec
@@ -51,10 +51,31 @@ def random_examples(count: int, seed: int = 0, *, weighed: bool = False) -> list
     return examples
 
 
+def random_pairs(count: int, seed: int = 0) -> list[EncodedPair]:
+    """Random prompts, with a chosen answer that begins with one token and a rejected one that begins with another."""
+    draw = random.Random(seed)
+    pairs = []
+    for line in range(1, count + 1):
+        prompt = [1, 2, 3, *draw.choices(range(60), k=draw.randint(1, 9))]
+        answers = [[first, *draw.choices(range(60), k=draw.randint(1, 6))] for first in (61, 62)]
+        pairs.append(EncodedPair(*(EncodedExample((*prompt, *each), len(prompt), line=line) for each in answers)))
+    return pairs
+
+
+def random_judged(objective: str, count: int, seed: int = 0) -> list[TrainingExample]:
+    """Random examples for an objective of preference tuning."""
+    pairs = random_pairs(count, seed)
+    if objective != "kto":
+        return [*pairs]
+    return [
+        LabeledAnswer(pair.chosen if index % 2 else pair.rejected, bool(index % 2)) for index, pair in enumerate(pairs)
+    ]
+
+
 def train(
     model: PreTrainedModel,
-    examples: Sequence[EncodedExample],
-    valid: Sequence[EncodedExample],
+    examples: Sequence[TrainingExample],
+    valid: Sequence[TrainingExample],
     spec: JobSpec,
     **fields: Any,
 ) -> Generator[TrainingProgress, None, None]:
@@ -62,7 +83,7 @@ def train(
 
 
 def context_of(
-    examples: Sequence[EncodedExample], valid: Sequence[EncodedExample], spec: JobSpec, **fields: Any
+    examples: Sequence[TrainingExample], valid: Sequence[TrainingExample], spec: JobSpec, **fields: Any
 ) -> TrainContext:
     """The context of a job whose method does not read the base's files."""
     return TrainContext(spec=spec, train_examples=examples, valid_examples=valid, **{"base_folder": NOWHERE} | fields)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import EncodedExample
+from loramill.data.encoding import EncodedExample, TrainingExample
 from loramill.errors import OutOfMemory, TrainingDiverged
 from loramill.jobs.train.engine import Driver, TrainingEngine, Work
 from loramill.jobs.train.engine import engine as engine_module
@@ -25,7 +25,7 @@ from loramill.jobs.train.methods import attach_adapter
 from loramill.types import JobSpec
 
 from ....llama import tiny_llama
-from ..tiny_training import NOWHERE, context_of, random_examples, spec_of, train_and_export
+from ..tiny_training import NOWHERE, context_of, random_examples, random_judged, spec_of, train_and_export
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Job:
     """A job that joins before pass `joins`, and leaves after step `leaves`."""
 
     spec: JobSpec
-    examples: Sequence[EncodedExample]
-    valid: Sequence[EncodedExample] = ()
+    examples: Sequence[TrainingExample]
+    valid: Sequence[TrainingExample] = ()
     joins: int = 0
     leaves: int | None = None
 
@@ -93,6 +93,9 @@ METHODS: list[dict[str, Any]] = [
     {"targets": ("down_proj",), "rank_pattern": {"0.mlp.down_proj": 7}, "layers": (0,)},
     {"gradient_checkpointing": True, "dropout": 0.1},
     {"packing": False, "micro_tokens": 40},
+    {"objective": "dpo", "dropout": 0.2},
+    {"objective": "orpo", "method": "dora"},
+    {"objective": "kto", "micro_tokens": 60},
 ]
 
 
@@ -109,9 +112,12 @@ def mixes(draw: st.DrawFn) -> list[Job]:
             "schedule": draw(st.sampled_from(["linear", "cosine", "constant"])),
             "epochs": draw(st.sampled_from([None, 1])),
         }
-        valid = random_examples(3, seed=7) if draw(st.booleans()) else ()
-        examples = random_examples(draw(st.integers(1, 12)), seed=number, weighed=draw(st.booleans()))
-        jobs.append(Job(spec_of(**changes), examples, valid, joins=draw(st.integers(0, 5))))
+        count, weighed, valid = draw(st.integers(1, 12)), draw(st.booleans()), draw(st.booleans())
+        if objective := changes.get("objective"):
+            examples, held_out = random_judged(objective, count, number), random_judged(objective, 3, 7)
+        else:
+            examples, held_out = random_examples(count, number, weighed=weighed), random_examples(3, seed=7)
+        jobs.append(Job(spec_of(**changes), examples, held_out if valid else (), joins=draw(st.integers(0, 5))))
     return jobs
 
 

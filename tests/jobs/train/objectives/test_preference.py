@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,35 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.data.encoding import EncodedExample, EncodedPair, LabeledAnswer, TrainingExample
+from loramill.data.encoding import LabeledAnswer
 from loramill.jobs.train import loop
 from loramill.jobs.train.batching import count_supervised_tokens
 from loramill.jobs.train.objectives.losses import METRICS
 from loramill.jobs.train.objectives.preference import JudgedExample, PreferenceLoss, judged_examples
 
-from ..tiny_training import spec_of, tiny_model, train, write_files
+from ..tiny_training import random_judged, random_pairs, spec_of, tiny_model, train, write_files
 
 OBJECTIVES = ("dpo", "orpo", "kto")
-
-
-def answers_to(count: int, seed: int = 0) -> list[EncodedPair]:
-    """Random pairs, of which the chosen answer begins with one token and the rejected one with another."""
-    draw = random.Random(seed)
-    pairs = []
-    for line in range(1, count + 1):
-        prompt = [1, 2, 3, *draw.choices(range(60), k=draw.randint(1, 9))]
-        answers = [[first, *draw.choices(range(60), k=draw.randint(1, 6))] for first in (61, 62)]
-        pairs.append(EncodedPair(*(EncodedExample((*prompt, *each), len(prompt), line=line) for each in answers)))
-    return pairs
-
-
-def examples_of(objective: str, count: int, seed: int = 0) -> list[TrainingExample]:
-    pairs = answers_to(count, seed)
-    if objective != "kto":
-        return [*pairs]
-    return [
-        LabeledAnswer(pair.chosen if index % 2 else pair.rejected, bool(index % 2)) for index, pair in enumerate(pairs)
-    ]
 
 
 def preference_spec(objective: str, **changes: Any) -> Any:
@@ -51,7 +30,7 @@ def preference_spec(objective: str, **changes: Any) -> Any:
 
 def run(objective: str, checkpoints: Path, valid: int = 0, **changes: Any) -> list[loop.TrainingProgress]:
     spec = preference_spec(objective, **changes)
-    examples, held_out = examples_of(objective, 23), examples_of(objective, valid, seed=1)
+    examples, held_out = random_judged(objective, 23), random_judged(objective, valid, seed=1)
     return list(train(tiny_model(), examples, held_out, spec, checkpoints=checkpoints))
 
 
@@ -78,7 +57,7 @@ def test_a_version_that_training_starts_from_is_its_reference(tmp_path):
     files = loop.export_adapter(tmp_path / "sft", _trained("sft", tmp_path / "sft"), base="tiny")
     start = write_files(tmp_path / "start", files)
     spec = preference_spec("dpo", start_from="v")
-    first = next(train(tiny_model(), answers_to(23), [], spec, checkpoints=tmp_path / "dpo", start_from=start))
+    first = next(train(tiny_model(), random_pairs(23), [], spec, checkpoints=tmp_path / "dpo", start_from=start))
     assert first.loss == pytest.approx(math.log(2), abs=1e-4)
     assert abs(first.rewards["rewards/chosen"]) < 1e-4
 
@@ -103,7 +82,7 @@ def test_the_size_of_a_pass_does_not_change_the_result(tmp_path, objective, pack
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_job_resumes_bit_exactly_without_the_reference_model(tmp_path, objective, monkeypatch):
     spec = preference_spec(objective, steps=6, checkpoint_every=2, eval_every=3)
-    examples, valid = examples_of(objective, 23), examples_of(objective, 6, seed=1)
+    examples, valid = random_judged(objective, 23), random_judged(objective, 6, seed=1)
 
     def steps(folder: Path) -> Any:
         return train(tiny_model(), examples, valid, spec, checkpoints=folder)
@@ -123,14 +102,14 @@ def test_a_job_resumes_bit_exactly_without_the_reference_model(tmp_path, objecti
 
 
 def test_batches_without_good_answers_have_no_reward_of_them(tmp_path):
-    examples = [LabeledAnswer(pair.rejected, False) for pair in answers_to(8)]
+    examples = [LabeledAnswer(pair.rejected, False) for pair in random_pairs(8)]
     (progress,) = train(tiny_model(), examples, [], preference_spec("kto", steps=1), checkpoints=tmp_path)
     assert set(progress.rewards) == {"rewards/rejected", "rewards/accuracies"}
 
 
 @given(st.integers(2, 40), st.integers(0, 3), st.sampled_from([14, 100]))
 def test_each_answer_is_the_mismatched_one_of_one_other_prompt(count, seed, max_length):
-    labeled = [each for each in examples_of("kto", count) if isinstance(each, LabeledAnswer)]
+    labeled = [each for each in random_judged("kto", count) if isinstance(each, LabeledAnswer)]
     spec = preference_spec("kto", seed=seed, max_length=max_length)
     judged = judged_examples(labeled, spec)
     assert judged == judged_examples(labeled, spec)
@@ -152,7 +131,7 @@ def test_a_batch_is_the_sum_of_its_passes(data):
     objective = data.draw(st.sampled_from(OBJECTIVES))
     spec = preference_spec(objective, dpo_loss=data.draw(st.sampled_from(["sigmoid", "ipo"])))
     count = data.draw(st.integers(1, 6))
-    examples = judged_examples(examples_of(objective, count, seed=count), spec)
+    examples = judged_examples(random_judged(objective, count, seed=count), spec)
     generator = torch.Generator().manual_seed(count)
     reference = -torch.rand(count, 2, generator=generator, dtype=torch.float64) * 9
     loss = PreferenceLoss(spec, examples, reference, kl=0.3)
@@ -178,7 +157,7 @@ def _random_log_probs(example: JudgedExample, generator: torch.Generator) -> tor
 
 def _trained(objective: str, folder: Path) -> Any:
     spec = spec_of(steps=3)
-    for _ in train(tiny_model(), [pair.chosen for pair in answers_to(23)], [], spec, checkpoints=folder):
+    for _ in train(tiny_model(), [pair.chosen for pair in random_pairs(23)], [], spec, checkpoints=folder):
         pass
     return spec
 
