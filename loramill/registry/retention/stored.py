@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, select, union
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from loramill.registry.database.tables import (
     AdapterDataRow,
@@ -54,8 +54,8 @@ def _pins(session: Session, tenant: str, now: float) -> defaultdict[tuple[str, s
     """What refers to versions, by adapter and version; an empty adapter or version stands for all of the tenant's."""
     pins: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
 
-    def of_tenant(column: object) -> ColumnElement[bool]:
-        return column.startswith(f"{tenant}/", autoescape=True)  # type: ignore[attr-defined, no-any-return]
+    def of_tenant(column: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+        return column.startswith(f"{tenant}/", autoescape=True)
 
     aliases = select(AliasRow.adapter, AliasRow.version, AliasRow.alias).where(of_tenant(AliasRow.adapter))
     for adapter, version, alias in session.execute(aliases.order_by(AliasRow.alias)):

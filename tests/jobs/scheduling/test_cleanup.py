@@ -18,7 +18,7 @@ from loramill.jobs.scheduling.cleanup import (
 )
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, tenants
-from loramill.types import JobSpec, RetentionPolicy
+from loramill.types import JobSpec, RetentionPolicy, VersionRecord
 
 OFF, DAY = RetentionPolicy(), 86400.0
 
@@ -106,3 +106,24 @@ def test_unrecorded_artifacts_are_removed(registry: Registry, tmp_path: Path) ->
     with registry.reading() as session:
         (kept,) = datasets.list_datasets(session, "acme", None, 10)
     assert registry.artifacts.read(kept.artifact, "data.jsonl") == b"{}\n"
+
+
+def test_old_versions_are_removed_and_their_files_an_hour_later(registry: Registry, tmp_path: Path) -> None:
+    name, versions = AdapterName("acme", "loud"), [registry.artifacts.put({"a": b"%d" % each}) for each in range(3)]
+    with registry.writing() as session:
+        adapters.get_or_create(session, name)
+        for version in versions:  # the champion, one that nothing refers to, the challenger
+            record = VersionRecord(
+                id=version, adapter=str(name), job=None, base="0" * 64, bytes=1, created_at=time.time()
+            )
+            adapters.add_version(session, record)
+    days_ago = time.time() - 2 * ARTIFACT_GRACE_SECONDS
+    for folder in (tmp_path / "artifacts").glob("[0-9a-f][0-9a-f]/*"):
+        os.utime(folder, (days_ago, days_ago))
+    assert clean_up(registry, tmp_path / "nowhere", OFF, now=time.time()) == 0
+    keep_one = RetentionPolicy(keep_versions=1)
+    assert clean_up(registry, tmp_path / "nowhere", keep_one, now=time.time() - 3600) == 2  # as if an hour had passed
+    with registry.reading() as session:
+        assert {each.id for each in adapters.list_versions(session, name)} == {versions[0], versions[2]}
+    assert not (tmp_path / "artifacts" / versions[1][:2] / versions[1]).exists()
+    assert registry.artifacts.fetch(versions[0]) and registry.artifacts.fetch(versions[2])
