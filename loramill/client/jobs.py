@@ -174,7 +174,7 @@ class JobsResource:
         """Returns the measurements of each step of a job so far."""
         content = b"".join(self._files.content(results_id(job_id))).decode()
         table = csv.DictReader(io.StringIO(content, newline=""))
-        return [MetricPoint.model_validate({name: cell for name, cell in row.items() if cell}) for row in table]
+        return [MetricPoint.from_row(row) for row in table]
 
     def events(self, job_id: str, *, follow: bool = False, poll_seconds: float = 1.0) -> Iterator[Event]:
         """Yields the history of a job, oldest first.

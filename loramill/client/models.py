@@ -220,7 +220,12 @@ class Checkpoint(FrozenModel):
 
 
 class MetricPoint(FrozenModel):
-    """Measurements of one step of a job: losses in nats per token, accuracies as fractions of the supervised tokens."""
+    """Measurements of one step of a job: losses in nats per token, accuracies as fractions of the supervised tokens.
+
+    Attributes:
+        rewards: Preference tuning: rewards/chosen, rewards/rejected, rewards/margins and rewards/accuracies, and those
+            of the validation with the prefix valid_. Losses are then those of the objective.
+    """
 
     step: int
     train_loss: float | None = None
@@ -231,6 +236,14 @@ class MetricPoint(FrozenModel):
     grad_norm: float | None = None
     trained_tokens: int | None = None
     tokens_per_second: float | None = None
+    rewards: dict[str, float] = Field(default_factory=dict)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, str]) -> Self:
+        """Parses a row of a job's results file."""
+        cells = {name: cell for name, cell in row.items() if cell}
+        rewards = {name: cell for name, cell in cells.items() if "rewards/" in name}
+        return cls.model_validate({**{name: cells[name] for name in cells if name not in rewards}, "rewards": rewards})
 
 
 class SubmittedJob(FrozenModel):

@@ -23,6 +23,10 @@ _COLUMNS = (
     "trained_tokens",
     "tokens_per_second",
 )
+#: Columns of preference tuning only.
+_REWARD_COLUMNS = tuple(
+    f"{prefix}rewards/{name}" for prefix in ("", "valid_") for name in ("chosen", "rejected", "margins", "accuracies")
+)
 
 
 def job_id_of(file_id: str) -> str | None:
@@ -32,8 +36,9 @@ def job_id_of(file_id: str) -> str | None:
 
 def metrics_csv(session: Session, job_id: str) -> bytes:
     """Returns the CSV: one line per step with metrics; values that were not measured at a step are empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    text, rows = io.StringIO(), history.metrics(session, job_id)
+    rewards = [name for name in _REWARD_COLUMNS if any(name in row for row in rows)]
+    table = csv.DictWriter(text, [*_COLUMNS, *rewards], extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    table.writerows(history.metrics(session, job_id))
+    table.writerows(rows)
     return text.getvalue().encode()

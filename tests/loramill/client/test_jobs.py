@@ -128,7 +128,14 @@ def test_options_of_preference_tuning_reach_the_spec(gateway: RunningGateway, te
     lines = b"".join(json.dumps({"prompt": f"{i}?", **answers}).encode() + b"\n" for i in range(12))
     with gateway.client() as client:
         job = client.jobs.submit(f"{tenant}/a", lines, objective=objective, **PREFERENCES[objective])  # type: ignore
-    assert {"objective": objective, **PREFERENCES[objective]}.items() <= job.spec.items()
+        assert {"objective": objective, **PREFERENCES[objective]}.items() <= job.spec.items()
+        rewards = [{"rewards/chosen": 0.5}, {"rewards/chosen": 0.75, "valid_rewards/margins": -1.5}]
+        with gateway.registry.writing() as session:
+            for step, data in enumerate(rewards, start=1):
+                jobs.add_event(session, job.id, "", kind="metrics", data={"step": step, "train_loss": 0.25, **data})
+        assert [(point.train_loss, point.rewards) for point in client.jobs.metrics(job.id)] == [
+            (0.25, each) for each in rewards
+        ]
 
 
 def test_invalid_options_are_reported_together(gateway: RunningGateway, tenant: str) -> None:
