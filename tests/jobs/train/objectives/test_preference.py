@@ -45,7 +45,16 @@ def test_preferences_are_learned(tmp_path, objective):
     assert last.rewards.items() <= last.metrics.items()
 
 
-@pytest.mark.parametrize(("changes", "expected"), [({}, math.log(2)), ({"dpo_loss": "ipo"}, 6.25)])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, math.log(2)),
+        ({"dpo_loss": "ipo"}, 6.25),
+        ({"method": "dora"}, math.log(2)),
+        ({"method": "adalora", "init_rank": 6}, math.log(2)),
+        ({"method": "pissa"}, math.log(2)),
+    ],
+)
 def test_the_reference_is_the_model_before_the_first_step(tmp_path, changes, expected):
     first = run("dpo", tmp_path, steps=2, **changes)[0]
     assert first.loss == pytest.approx(expected, abs=1e-4)
@@ -60,6 +69,18 @@ def test_a_version_that_training_starts_from_is_its_reference(tmp_path):
     first = next(train(tiny_model(), random_pairs(23), [], spec, checkpoints=tmp_path / "dpo", start_from=start))
     assert first.loss == pytest.approx(math.log(2), abs=1e-4)
     assert abs(first.rewards["rewards/chosen"]) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_on_a_gpu_the_first_step_is_that_of_the_cpu(tmp_path, objective):
+    examples, spec = random_judged(objective, 23), preference_spec(objective, steps=2)
+    found = [
+        next(train(tiny_model().to(device), examples, [], spec, checkpoints=tmp_path / device))
+        for device in ("cpu", "cuda")
+    ]
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-3)
+    assert found[1].grad_norm == pytest.approx(found[0].grad_norm, rel=1e-2)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
