@@ -184,6 +184,18 @@ class JobSettings(_Section):
     sessions: int = Field(
         default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="Maximum number of jobs that train at once."
     )
+    per_session: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Maximum number of jobs that one session trains at once, by passes over the base that they share.",
+    )
+    pass_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum tokens of a pass that several jobs of a session share. Unset: 1024 on a CPU, 8192 on a "
+        "GPU.",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads per session.")
     use_gpu: bool | Literal["auto"] = Field(
         default="auto",

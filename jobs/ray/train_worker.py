@@ -22,7 +22,8 @@ from loramill.errors import JobError
 from loramill.gpus.process import open_gpu
 from loramill.jobs.scheduling.reconciler import worker_name
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup, connect_processes
-from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, run_jobs, training_steps
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, training_steps
 from loramill.models.catalog import find_base, load_for_training
 from loramill.registry import Registry, pool_gpus
 from loramill.registry.jobs import worker_slots

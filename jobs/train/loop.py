@@ -16,8 +16,8 @@ with other `micro_tokens`, the last bits may differ. On a GPU they differ from r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -143,25 +143,33 @@ def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingPr
         DiskFull: no space for a checkpoint.
         ArtifactCorrupt: a checkpoint can't be read.
     """
+    with (
+        open_run(model, context) as run,
+        configured_forward(model, run.longest_row, masked=run.adapted.needs_mask, deterministic=context.deterministic),
+    ):
+        engine = TrainingEngine(model)
+        while not run.state.finished:
+            yield engine.complete(run.advance())
+
+
+@contextmanager
+def open_run(model: PreTrainedModel, context: TrainContext) -> Iterator[TrainingRun]:
+    """Attaches a job's adapter to the base, at its last checkpoint or at its start. Several may be open at once.
+
+    Raises:
+        LoramillError: as `train`.
+    """
     _check_supervised(context.train_examples, "training")
     if context.valid_examples:
         _check_supervised(context.valid_examples, "validation")
     longest = _longest_unit((*context.train_examples, *context.valid_examples))
-    spec, pass_tokens = context.spec, context.pass_tokens
     with (
-        translate_oom(pass_tokens, longest),
-        context.attach(model, spec, context.base_folder) as adapted,
-        configured_forward(
-            model,
-            longest + pass_tokens,
-            masked=adapted.needs_mask,
-            deterministic=context.deterministic,
-        ),
+        translate_oom(context.pass_tokens, longest),
+        context.attach(model, context.spec, context.base_folder) as adapted,
     ):
-        engine, run = TrainingEngine(model), TrainingRun(model, adapted, context)
+        run = TrainingRun(model, adapted, context, longest + context.pass_tokens)
         run.resume()
-        while not run.state.finished:
-            yield engine.complete(run.advance())
+        yield run
 
 
 def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = True) -> dict[str, bytes]:
@@ -196,11 +204,19 @@ def load_checkpoint_to_export(checkpoints: Path | str, spec: JobSpec, *, best: b
 
 
 class TrainingRun:
-    """A job in training, as a client of the training engine; `state` is how far it is."""
+    """A job in training, as a client of the training engine.
 
-    def __init__(self, model: PreTrainedModel, adapted: AdaptedModel, context: TrainContext) -> None:
+    Attributes:
+        state: how far it is.
+        longest_row: about how many tokens its longest row has.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, adapted: AdaptedModel, context: TrainContext, longest_row: int = 0
+    ) -> None:
         self.state = self._saved = RunState()
-        self._model, self._adapted, self._context, self._spec = model, adapted, context, context.spec
+        self.adapted, self.longest_row = adapted, longest_row
+        self._model, self._context, self._spec = model, context, context.spec
         self._objective = objective_of(context.spec, context.train_examples, context.valid_examples)
         self._optimizer = adapted.optimizer or AdamW(
             adapted.weights,
@@ -215,14 +231,14 @@ class TrainingRun:
         last = checkpoint.latest(self._context.checkpoints, self._spec)
         if last is None:
             if self._context.start_from is not None:
-                load_start_adapter(self._adapted, self._context.start_from, self._spec)
+                load_start_adapter(self.adapted, self._context.start_from, self._spec)
             self._optimizer.load_state(0, None)
             return
         self.state = self._saved = last.run_state
         if self.state.finished:
             return
         self._objective.reference = last.reference
-        _copy_into(self._adapted.state, last.state)
+        _copy_into(self.adapted.state, last.state)
         moments = OptimizerState(last.weights, last.first_moments, last.second_moments)
         self._optimizer.load_state(self.state.step, moments)
 
@@ -259,7 +275,7 @@ class TrainingRun:
         norm = self._optimizer.step(rate) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(f"loss {loss}, gradient norm {norm}, learning rate {rate:.3g}", indices)
-        self._adapted.after_step(step + 1)
+        self.adapted.after_step(step + 1)
         self._optimizer.zero_grad()
         return replace(
             self.state,
@@ -282,7 +298,7 @@ class TrainingRun:
         loss = figures["loss"]
         if not math.isfinite(loss):
             raise self._diverged(f"validation loss {loss}", [])
-        may_be_best = state.step >= self._adapted.best_from_step
+        may_be_best = state.step >= self.adapted.best_from_step
         better = may_be_best and (state.best_loss is None or loss < state.best_loss)
         stale = 0 if better or not may_be_best else state.stale + 1
         return replace(
@@ -316,7 +332,7 @@ class TrainingRun:
                 if optimizer.collective:
                     part = replace(part, backward=partial(_backward, optimizer, factor, number == len(own)))
                 sums += factor * (yield part)
-            if training and group.rank == 0 and (penalty := self._adapted.penalty()) is not None:
+            if training and group.rank == 0 and (penalty := self.adapted.penalty()) is not None:
                 optimizer.backward(penalty, last=True)
         figures = dict(zip(batch.names, sums.tolist(), strict=True))
         return {name: value for name, value in figures.items() if name not in METRICS or not math.isnan(value)}
@@ -350,7 +366,7 @@ class TrainingRun:
         """Returns a part for training if it has a number within its step."""
         spec, rank, training = self._spec, self._context.process_group.rank, number is not None
         return Part(
-            adapter=self._adapted,
+            adapter=self.adapted,
             rows=lay_out(rows, self._model, packing=spec.packing),
             loss=loss,
             training=training,
@@ -372,7 +388,7 @@ class TrainingRun:
                 weights=optimizer_state.weights,
                 first_moments={} if finished else optimizer_state.first_moments,
                 second_moments={} if finished else optimizer_state.second_moments,
-                state={**self._adapted.state, **self._adapted.derived()},
+                state={**self.adapted.state, **self.adapted.derived()},
                 reference={} if finished else dict(self._objective.reference),
             )
             checkpoint.write(self._context.checkpoints, self._spec, data)

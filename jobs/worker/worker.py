@@ -1,11 +1,11 @@
-"""A worker leases one job after another, trains it on a resident base model and publishes its version. No Ray."""
+"""A worker leases a job, trains it on a resident base model and publishes its version. No Ray."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,6 @@ from loramill.jobs.train.loop import TrainContext, TrainingProgress, train
 from loramill.jobs.worker import publish
 from loramill.jobs.worker.lease import Lease, outlast_database_outage
 from loramill.jobs.worker.loggers import open_loggers
-from loramill.kernels.device import device_works, free_cached_memory
 from loramill.models.catalog import Base
 from loramill.registry import Registry, datasets, jobs
 from loramill.settings import JobSettings
@@ -52,11 +51,6 @@ PERMANENT_ERRORS = (InvalidRequest, NotFound, AdapterInvalid, BaseUnusable, Arti
 #: Outages, which no job causes and which end for all jobs at once: a store or database that is away, or a store that
 #: refuses access, for example since its credentials have expired. They cost no attempt.
 OUTAGE_ERRORS = (Unavailable, StoreUnusable)
-
-#: Seconds between two queries of an empty queue.
-POLL_SECONDS = 0.25
-#: Seconds of pause after an outage; they double with each further job that ends in one, up to the maximum.
-OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,42 +81,6 @@ class Worker:
     def checkpoint_location(self, job: JobRecord) -> Path | str:
         """Folder or URL of the job's checkpoints."""
         return f"{self.checkpoints}/{job.id}" if isinstance(self.checkpoints, str) else self.checkpoints / job.id
-
-
-def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
-    """Runs one job after another, and returns how many.
-
-    Args:
-        should_stop: called between jobs with the seconds since the last one ended.
-
-    Raises:
-        Unavailable: a job left the GPU unusable for this process; other jobs would only fail.
-    """
-    done, idle_since, settle_from, pause = 0, time.monotonic(), 0.0, OUTAGE_PAUSE_SECONDS
-    while True:
-        try:
-            if should_stop(time.monotonic() - idle_since):
-                return done
-            job = lease_next_job(worker, settle=time.monotonic() >= settle_from)
-        except LoramillError as error:
-            log.warning("no job could be leased; retrying: %s", error.message)
-            # During the outage workers that hold a job could not send heartbeats: they get time to do it first.
-            settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + worker.settings.lease_seconds
-            time.sleep(OUTAGE_PAUSE_SECONDS)
-            continue
-        if job is None:
-            time.sleep(POLL_SECONDS)
-            continue
-        error_of_attempt = run_attempt(worker, job)
-        if error_of_attempt is not None and not device_works(worker.device):
-            raise Unavailable("The GPU of this session does not compute any more; the session is being replaced.")
-        free_cached_memory(worker.device)  # the next job's tensors have other sizes
-        done, idle_since = done + 1, time.monotonic()
-        if isinstance(error_of_attempt, OUTAGE_ERRORS):
-            time.sleep(pause)
-            pause = min(2 * pause, MAX_OUTAGE_PAUSE_SECONDS)
-        else:
-            pause = OUTAGE_PAUSE_SECONDS
 
 
 def run_next_job(worker: Worker) -> bool:
@@ -158,27 +116,42 @@ def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = 
         )
 
 
-def run_attempt(worker: Worker, job: JobRecord) -> LoramillError | None:
-    """Runs one attempt of a leased job; returns the error that ended it early, if any.
+@dataclass(slots=True)
+class Attempt:
+    """One attempt of a leased job; `error` ended it early, if any."""
+
+    lease: Lease
+    error: LoramillError | None = None
+
+
+@contextmanager
+def recorded_attempt(worker: Worker, job: JobRecord) -> Iterator[Attempt]:
+    """Keeps a job's lease, and records an error of the body as the attempt's end instead of raising it.
 
     The registry has the outcome. If the registry can't be reached, the lease runs out, and another attempt follows.
     """
     log.info("job %s of %s: attempt %d", job.id, job.tenant, job.attempt)
+    attempt = Attempt(Lease(worker.registry, job, worker.settings))
     try:
-        with Lease(worker.registry, job, worker.settings) as lease:
-            run_job(worker, job, lease)
+        with attempt.lease:
+            yield attempt
     except LeaseLost as error:
         log.warning("job %s: the lease was lost; another worker has the job", job.id)
-        return error
+        attempt.error = error
     except LoramillError as error:
+        attempt.error = error
         record_attempt_end(worker, job, error)
-        return error
     except Exception as error:  # a job must not end its session
         log.exception("job %s: failed", job.id)
-        failed = LoramillError(f"{type(error).__name__}: {error}")
-        record_attempt_end(worker, job, failed)
-        return failed
-    return None
+        attempt.error = LoramillError(f"{type(error).__name__}: {error}")
+        record_attempt_end(worker, job, attempt.error)
+
+
+def run_attempt(worker: Worker, job: JobRecord) -> LoramillError | None:
+    """Runs one attempt of a leased job alone; returns the error that ended it early, if any."""
+    with recorded_attempt(worker, job) as attempt:
+        run_job(worker, job, attempt.lease)
+    return attempt.error
 
 
 def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
@@ -188,18 +161,32 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
         LoramillError: the job can't succeed (bad data, divergence, another base) or has to stop.
         LeaseLost: another worker has the job.
     """
-    loggers = open_loggers(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
-    try:
-        with loggers as log_progress, closing(training_steps(worker, job, lease.raise_if_stopped)) as steps:
-            for progress in steps:
-                lease.report(progress)
-                log_progress(progress)
-                if progress.valid_loss is not None:
-                    publish.checkpoint(worker, job, progress)
-    finally:
-        lease.flush()
+    with (
+        reported_steps(worker, job, lease) as report,
+        closing(training_steps(worker, job, lease.raise_if_stopped)) as steps,
+    ):
+        for progress in steps:
+            report(progress)
     publish.version(worker, job, lease.last_progress)
     remove_checkpoints(worker, job)
+
+
+@contextmanager
+def reported_steps(worker: Worker, job: JobRecord, lease: Lease) -> Iterator[Callable[[TrainingProgress], None]]:
+    """Within, the yielded function reports a step to the registry and the loggers, and publishes its checkpoint."""
+    loggers = open_loggers(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
+
+    def report(progress: TrainingProgress) -> None:
+        lease.report(progress)
+        log_progress(progress)
+        if progress.valid_loss is not None:
+            publish.checkpoint(worker, job, progress)
+
+    try:
+        with loggers as log_progress:
+            yield report
+    finally:
+        lease.flush()
 
 
 def training_steps(
@@ -208,9 +195,22 @@ def training_steps(
     """Returns a generator that takes one of the job's steps at each iteration.
 
     Raises:
+        LoramillError: as `training_context` and `train`.
+    """
+    context = training_context(worker, job, raise_if_stopped)
+    if job.spec.method == "full":
+        from loramill.jobs.train.full_finetune import train_full  # imports DeepSpeed, which nothing else needs
+
+        return train_full(worker.base, context, device=worker.device)
+    return train(worker.model(), context)
+
+
+def training_context(worker: Worker, job: JobRecord, raise_if_stopped: Callable[[], None]) -> TrainContext:
+    """Reads a job's data and encodes it.
+
+    Raises:
         BaseUnusable: the job is for another base.
         NotFound, ArtifactError: its data can't be read.
-        LoramillError: as `train`.
     """
     spec, registry = job.spec, worker.registry
     if spec.base != worker.base.fingerprint:
@@ -233,11 +233,7 @@ def training_steps(
     )
     if worker.process_group.rank == 0:
         report_supervised_tokens(worker, job, examples.examples, context.train_examples)
-    if spec.method == "full":
-        from loramill.jobs.train.full_finetune import train_full  # imports DeepSpeed, which nothing else needs
-
-        return train_full(worker.base, context, device=worker.device)
-    return train(worker.model(), context)
+    return context
 
 
 def read_dataset(worker: Worker, job: JobRecord, dataset: str) -> Examples:

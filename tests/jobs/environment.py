@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.jobs.scheduling.reconciler import worker_name
-from loramill.jobs.worker.worker import Worker, run_jobs
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import Worker
 from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import worker_slots

@@ -16,9 +16,10 @@ from loramill.jobs.scheduling import reconciler as reconciler_module
 from loramill.jobs.scheduling.reconciler import Reconciler, worker_name
 from loramill.jobs.train.checkpoint import latest
 from loramill.jobs.train.checkpoint_store import delete_all
-from loramill.jobs.worker import worker as worker_module
+from loramill.jobs.worker import session as session_module
 from loramill.jobs.worker.lease import Lease
-from loramill.jobs.worker.worker import run_jobs, run_next_job
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import Worker, run_next_job
 from loramill.registry import jobs, migrate
 from loramill.types import JobRecord, JobStatus
 
@@ -35,8 +36,8 @@ URL = "switched://bucket/loramill"
 def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[JobEnvironment]:
     """An environment whose artifacts and checkpoints are in a store that can be switched off; two attempts per job."""
     switchable_store.clear()
-    monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(worker_module, "MAX_OUTAGE_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(session_module, "OUTAGE_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(session_module, "MAX_OUTAGE_PAUSE_SECONDS", 0.05)
     home = JobEnvironment.at(tmp_path, tiny_chat_base, max_attempts=2, backoff_seconds=0.02)
     home.registry.close()
     environment = JobEnvironment.opened(home.settings.model_copy(update={"artifacts_url": URL}))
@@ -45,7 +46,7 @@ def environment(tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.Monkey
     switchable_store.clear()
 
 
-def worker_of(environment: JobEnvironment, owner: str = "w1") -> worker_module.Worker:
+def worker_of(environment: JobEnvironment, owner: str = "w1") -> Worker:
     return environment.worker(owner, checkpoints=environment.settings.checkpoints)
 
 
@@ -195,7 +196,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Cal
 def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
     tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (worker_module, reconciler_module):
+    for module in (session_module, reconciler_module):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
         monkeypatch.setattr(module, "OUTAGE_PAUSE_SECONDS", 0.1)
     with PostgreSQL.installed() as server:
@@ -219,7 +220,7 @@ def test_a_database_that_stops_for_longer_than_a_lease_costs_no_attempt(
             with in_thread(lambda: run_next_job(environment.worker(worker_name("session-1", 1)))):
                 eventually(lambda: environment.now(job).step == 3)
                 others = (
-                    counted_calls(monkeypatch, worker_module, "lease_next_job"),
+                    counted_calls(monkeypatch, session_module, "lease_next_job"),
                     counted_calls(monkeypatch, Reconciler, "reconcile"),
                 )
                 with running(

@@ -18,7 +18,8 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import TrainingDiverged
 from loramill.jobs.worker import publish as publishing
 from loramill.jobs.worker import worker as worker_module
-from loramill.jobs.worker.worker import Worker, encode_examples, run_jobs, run_next_job
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import Worker, encode_examples, run_next_job
 from loramill.models.catalog import Base, load_for_training
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants

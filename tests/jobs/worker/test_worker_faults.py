@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
 from loramill.jobs.train.loop import TrainContext
+from loramill.jobs.worker import session as session_module
 from loramill.jobs.worker import worker as worker_module
 from loramill.jobs.worker.lease import Lease
-from loramill.jobs.worker.worker import lease_next_job, run_jobs, run_next_job
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import lease_next_job, run_next_job
 from loramill.registry import Registry, adapters, jobs
 from loramill.registry.jobs import checkpoints
 from loramill.registry.jobs.queue import MAX_OUTAGE_DELAY_SECONDS
@@ -151,7 +153,7 @@ def test_a_job_continues_through_a_database_outage(
 
 
 def test_a_worker_waits_through_a_database_outage(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "OUTAGE_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(session_module, "OUTAGE_PAUSE_SECONDS", 0.1)
     job, worker = environment.submit(), environment.worker()
     outage = Outage(monkeypatch, 2)
     assert run_jobs(worker, should_stop=lambda idle: environment.now(job).status.final) == 1
@@ -213,11 +215,14 @@ def test_out_of_memory_is_retried_with_half_the_tokens_once(
 def test_a_lost_gpu_ends_the_session_and_the_job_is_retried(
     environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, RuntimeError("CUDA error: unspecified launch failure"), times=1)
-    monkeypatch.setattr(worker_module, "device_works", lambda device: False)
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(session_module, "open_run", fail)
+    monkeypatch.setattr(session_module, "device_works", lambda device: False)
     first, other = environment.submit(), environment.submit()
     with pytest.raises(Unavailable, match="session is being replaced"):
-        worker_module.run_jobs(environment.worker(), should_stop=lambda _: False)
+        run_jobs(environment.worker(), should_stop=lambda _: False)
     assert environment.now(first).status is JobStatus.QUEUED and any(
         "launch failure" in each for each in environment.messages(first)
     )

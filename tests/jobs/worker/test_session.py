@@ -1,0 +1,201 @@
+"""Sessions that train several jobs at once: each job ends as if alone, whatever happens to the others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loramill.jobs.train.engine import engine as engine_module
+from loramill.jobs.train.engine.engine import TrainingEngine
+from loramill.jobs.worker.lease import Lease
+from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.worker import run_next_job
+from loramill.registry import jobs
+from loramill.types import JobRecord, JobStatus
+
+from ...waiting import eventually, in_thread
+from ..environment import JobEnvironment
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With several, MKL divides float32 products in ways that depend on the number of rows."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def environment(tmp_path: Path, tiny_chat_base: Path) -> JobEnvironment:
+    return JobEnvironment.at(tmp_path, tiny_chat_base, per_session=4, max_attempts=2)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of parts of each pass, in order."""
+    sizes: list[int] = []
+    run = TrainingEngine.run
+
+    def counted(engine: TrainingEngine, parts: Any) -> Any:
+        sizes.append(len(parts))
+        return run(engine, parts)
+
+    monkeypatch.setattr(TrainingEngine, "run", counted)
+    return sizes
+
+
+def run_session(environment: JobEnvironment, *queued: JobRecord) -> int:
+    """Runs a session until these jobs have ended."""
+    return run_jobs(
+        environment.worker(), should_stop=lambda _: all(environment.now(job).status.final for job in queued)
+    )
+
+
+def outcome(environment: JobEnvironment, job: JobRecord) -> tuple[JobStatus, int]:
+    record = environment.now(job)
+    return record.status, record.attempt
+
+
+def test_jobs_of_one_session_share_passes_and_end_as_if_alone(environment: JobEnvironment, passes: list[int]) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"steps": 12, "seed": 3},
+        {"steps": 6, "rank": 8, "method": "dora"},
+        {"steps": 9, "method": "adalora", "valid": environment.data("umbra")},
+    ]
+    tenants = ("acme", "acme", "umbra")
+    shared = [environment.submit(f"{tenant}/a", **kind) for tenant, kind in zip(tenants, kinds, strict=True)]
+    assert run_session(environment, *shared) == 3
+    assert max(passes) == 3
+    for job, tenant, kind in zip(shared, tenants, kinds, strict=True):
+        assert outcome(environment, job) == (JobStatus.SUCCEEDED, 1)
+        alone = environment.submit(f"{tenant}/a", **kind)
+        assert run_next_job(environment.worker())
+        assert environment.weights(environment.now(alone).version) == environment.weights(environment.now(job).version)
+    assert not [path for path in Path(environment.settings.checkpoints).iterdir() if any(path.iterdir())]
+
+
+def test_a_session_takes_as_many_jobs_as_it_may(environment: JobEnvironment, passes: list[int]) -> None:
+    queued = [environment.submit(f"tenant{number}/a", steps=6) for number in range(9)]
+    assert run_session(environment, *queued) == 9
+    assert max(passes) == 4
+    assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 1)}
+
+
+def test_what_fails_fails_alone(environment: JobEnvironment) -> None:
+    good = [environment.submit("acme/a", steps=8), environment.submit("acme/b", steps=8)]
+    unreadable = environment.submit("umbra/a", train=environment.data("umbra", b"not JSON\n"), steps=8)
+    too_large = environment.submit("umbra/b", rank_pattern={"nothing": 3}, steps=8)
+    run_session(environment, *good, unreadable, too_large)
+    assert [outcome(environment, job) for job in good] == [(JobStatus.SUCCEEDED, 1)] * 2
+    assert environment.now(unreadable).status is environment.now(too_large).status is JobStatus.FAILED
+    assert environment.now(too_large).error_code == "invalid_request"
+
+
+def test_a_full_disk_for_one_jobs_checkpoint_affects_no_other(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loramill.errors import DiskFull
+    from loramill.jobs.train import checkpoint
+
+    write = checkpoint.write
+    good, bad = environment.submit("acme/a", steps=8), environment.submit("umbra/a", steps=8)
+
+    def full(folder: Path | str, *args: Any) -> None:
+        if bad.id in str(folder):
+            raise DiskFull("No space left.")
+        write(folder, *args)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    run_session(environment, good, bad)
+    assert outcome(environment, good) == (JobStatus.SUCCEEDED, 1)
+    assert outcome(environment, bad) == (JobStatus.FAILED, 2)
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause"])
+def test_a_job_stops_while_the_others_train(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    stopped, other = environment.submit("acme/a", steps=100_000), environment.submit("umbra/a", steps=100_000)
+    ended = threading.Event()
+    with in_thread(lambda: run_jobs(environment.worker(), should_stop=lambda _: ended.is_set())):
+        eventually(lambda: environment.now(stopped).step > 1 and environment.now(other).step > 1)
+        with environment.registry.writing() as session:
+            (jobs.cancel if action == "cancel" else jobs.pause)(session, stopped.id)
+        expected = JobStatus.CANCELLED if action == "cancel" else JobStatus.PAUSED
+        eventually(lambda: environment.now(stopped).status is expected)
+        before = environment.now(other).step
+        eventually(lambda: environment.now(other).step > before)
+        ended.set()
+        with environment.registry.writing() as session:
+            jobs.cancel(session, other.id)
+    assert environment.now(other).status is JobStatus.CANCELLED
+
+
+def test_memory_that_runs_out_shrinks_the_pass_and_costs_no_attempt(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    predict = engine_module.predict
+
+    def scarce(model: Any, base: Any, parts: Any) -> Any:
+        if len(parts) > 2:
+            raise MemoryError
+        return predict(model, base, parts)
+
+    monkeypatch.setattr(engine_module, "predict", scarce)
+    queued = [environment.submit(f"tenant{number}/a", steps=6) for number in range(4)]
+    run_session(environment, *queued)
+    assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 1)}
+    assert passes.count(4) <= 2
+
+
+def test_the_jobs_of_a_killed_session_resume_and_none_is_done_twice(
+    environment: JobEnvironment, tmp_path: Path
+) -> None:
+    quick = environment.settings.jobs.model_copy(update={"lease_seconds": 1.0})
+    queued = [environment.submit(f"tenant{n}/a", steps=20 + 10 * n, checkpoint_every=1) for n in range(4)]
+
+    def session() -> None:
+        torch.set_num_threads(1)
+        run_jobs(environment.worker("w2", settings=quick), should_stop=lambda _: False)
+
+    killed = multiprocessing.get_context("fork").Process(target=session)
+    killed.start()
+    eventually(lambda: all(environment.now(job).step > 2 for job in queued))
+    assert killed.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    run_jobs(
+        environment.worker(settings=quick),
+        should_stop=lambda _: all(environment.now(job).status.final for job in queued),
+    )
+    assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 2)}
+    for number, job in enumerate(queued):
+        alone = environment.submit(f"tenant{number}/b", steps=20 + 10 * number, checkpoint_every=1)
+        assert run_next_job(environment.worker())
+        assert environment.weights(environment.now(alone).version) == environment.weights(environment.now(job).version)
+
+
+def test_a_lost_lease_ends_that_job_alone(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loramill.errors import LeaseLost
+
+    lost, other = environment.submit("acme/a", steps=8), environment.submit("umbra/a", steps=8)
+    check = Lease.raise_if_stopped
+
+    def lose(lease: Lease) -> None:
+        if lease._job.id == lost.id and lease.last_progress is not None and lease.last_progress.step == 3:
+            raise LeaseLost("Another worker has the job.")
+        check(lease)
+
+    monkeypatch.setattr(Lease, "raise_if_stopped", lose)
+    run_session(environment, other)
+    assert outcome(environment, other) == (JobStatus.SUCCEEDED, 1)
+    assert environment.now(lost).status is JobStatus.RUNNING  # until the lease runs out
