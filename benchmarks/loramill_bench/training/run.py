@@ -7,7 +7,7 @@ from functools import partial
 
 from loramill.models.catalog import Base
 from loramill_bench.results import Result, run_groups
-from loramill_bench.training import memory, queue, session_memory, throughput
+from loramill_bench.training import memory, queue, session_memory, shared_steps, throughput
 
 __all__ = ["BASELINES", "run"]
 
@@ -20,7 +20,7 @@ def run(
 ) -> list[Result]:
     """Measures training throughput, the job queue, and the error of memory estimates, on one thread in CPU time.
 
-    With SmolLM2-135M it takes about twenty-five minutes and 3 GB of memory.
+    With SmolLM2-135M it takes about half an hour and 3 GB of memory.
 
     Args:
         base: The trained base, in bfloat16; transformers and PEFT load it too.
@@ -35,6 +35,7 @@ def run(
         InvalidRequest: No group's name contains `only`.
     """
     groups = {case: partial(throughput.measure, base, case, rounds) for case in throughput.CASES}
+    groups |= {case.name: partial(shared_steps.measure, base, case, rounds) for case in shared_steps.CASES}
     others = {
         "queue": partial(queue.results, report),
         "memory": partial(memory.results, report),
