@@ -35,8 +35,6 @@ POLL_SECONDS = 0.25
 OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 #: Threads that read data and publish versions while passes run.
 BACKGROUND_THREADS = 2
-
-
 #: Tokens of a pass that several jobs share, by type of device: enough for the products with the base's weights.
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
