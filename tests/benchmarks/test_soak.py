@@ -208,7 +208,7 @@ def test_an_error_of_a_client_ends_the_soak(base, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Engine, "submit", closed)
     with pytest.raises(Unavailable):
-        soak(base, 4.0, lambda line: None)
+        soak(base, 60.0, lambda line: None)
 
 
 @pytest.mark.parametrize(("step", "met"), [(0, True), (50 << 20, False)])

@@ -1,4 +1,4 @@
-"""100 jobs of 10 tenants in four sessions of three jobs each, which are killed all the time, as are the supervisors."""
+"""100 jobs of 10 tenants on four workers, which are killed all the time, as are the supervisors."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def submitted(environment: JobEnvironment) -> list[JobRecord]:
 
 
 def test_each_job_ends_once_while_processes_are_killed(tmp_path: Path, tiny_chat_base: Path) -> None:
-    environment = JobEnvironment.at(
-        tmp_path, tiny_chat_base, lease_seconds=2, idle_seconds=600, max_attempts=99, per_session=3
-    )
+    environment = JobEnvironment.at(tmp_path, tiny_chat_base, lease_seconds=2, idle_seconds=600, max_attempts=99)
     pool, chance, killed = Pool(environment), random.Random(0), Counter[str]()
     queued = submitted(environment)
     reconcilers = [start(environment, pool), start(environment, pool)]

@@ -311,11 +311,17 @@ def test_a_wrong_target_is_refused_with_the_valid_ones(
 
 def test_ctrl_c_is_quiet_and_exits_with_130(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     job = ok("submit", f"{tenant}/a", "--train", train).stdout.strip()
-    with subprocess.Popen([*COMMAND, "jobs", "events", "-f", job], stdout=-1, stderr=-1, text=True) as following:
+    command = [*COMMAND, "jobs", "events", "-f", job]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background processes that ignore it
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as following:
+        signal.signal(signal.SIGINT, before)
         assert following.stdout is not None and following.stderr is not None
         assert "Queued." in following.stdout.readline()
         following.send_signal(signal.SIGINT)
-        assert following.wait(20) == 130
+        try:
+            assert following.wait(60) == 130
+        finally:
+            following.kill()
         assert following.stderr.read() == ""
 
 

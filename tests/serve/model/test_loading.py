@@ -119,5 +119,5 @@ def test_float8_is_refused_where_it_has_no_products(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A10G")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    with pytest.raises(SetupError, match=r'8\.9 \(Ada, Hopper\) or newer, and NVIDIA A10G has 8\.6.*"nf4" or "int8"'):
+    with pytest.raises(SetupError, match=r'8\.9 \(Ada, Hopper\) or newer, and NVIDIA A10G has 8\.6.*"int8" or "nf4"'):
         load_model(tmp_path, dtype=torch.bfloat16, quantization="fp8", device="cuda")

@@ -81,6 +81,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         *(("POST", f"{adapter}/{verb}", {}) for verb in ("rollback", "pin", "unpin", "warm")),
         ("POST", f"{adapter}/import", {"files": {"config": b"{}", "weights": b""}}),
         ("POST", f"{adapter}/promote", {"json": {"version": "champion"}}),
+        ("POST", f"{adapter}/retention", {"json": {"retention": {"keep_versions": 1}}}),
         ("DELETE", adapter, {"params": {"cancel_jobs": "true"}}),
         ("DELETE", f"{adapter}/versions/{it.version}", {"params": {"force": "true"}}),
         ("DELETE", f"{own}/versions/{it.version}", {}),

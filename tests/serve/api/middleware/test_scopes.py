@@ -52,6 +52,8 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/adapters/*/*/pin": (MANAGE,),
     "POST /v1/adapters/*/*/unpin": (MANAGE,),
     "POST /v1/adapters/*/*/warm": (MANAGE,),
+    "POST /v1/adapters/*/*/retention": (MANAGE,),
+    "POST /v1/adapters/prune": (MANAGE,),
     "GET /v1/adapters/*/*/data": (TRAIN, READ),
     "POST /v1/adapters/*/*/data": (TRAIN,),
     "POST /v1/tenants": (READ,),
