@@ -115,7 +115,7 @@ class _Session:
             self._driver.start(job.id, job.tenant, self._attempt(job))
 
     def run_pass(self) -> None:
-        """Runs one pass, or waits for the next query of the queue if there is no job.
+        """Runs one pass; without a job, waits until the queue may be queried again.
 
         Raises:
             Unavailable: as `run_jobs`.

@@ -105,7 +105,7 @@ def resolve(session: Session, name: AdapterName | str, selector: str) -> Version
     """Returns the version that an alias points to, or whose hash begins with the selector (at least 8 hex digits).
 
     Raises:
-        ModelNotFound: there is no such version, or more than one; VersionPruned if retention removed it.
+        ModelNotFound: no version matches, or several do; VersionPruned if retention removed it.
     """
     model = f"The model '{name}@{selector}' does not exist"
     if selector in tuple(Alias):

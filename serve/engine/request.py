@@ -98,7 +98,7 @@ class RequestState:
         """Adds a sampled token; returns its output, which is the last one if it has a finish reason.
 
         Args:
-            token: The token; None: there is no valid one.
+            token: The token; None if no token is valid.
             logprobs: Its log probabilities, if they were requested.
         """
         if self.max_tokens == 0:

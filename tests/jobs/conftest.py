@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def tiny_chat_base(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def base_of(folder: Path, tmp_path: Path, quantization: Quantization = "none") -> Base:
     return find_base(str(folder), tmp_path / "cache", quantization)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With several, MKL divides float32 products in ways that depend on the number of rows."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)

@@ -48,7 +48,7 @@ class ChatTemplate:
         Args:
             messages: plain JSON, each with a role and a text as its content; arguments of calls are objects.
             add_generation_prompt: whether the text ends where the assistant's answer begins.
-            tools: tools for the assistant; the template gets None if there are none.
+            tools: tools for the assistant; an empty sequence is None in the template.
             now: the time for `strftime_now`; None: the current time, in UTC.
 
         Raises:

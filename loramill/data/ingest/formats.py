@@ -276,7 +276,7 @@ def _is_conversation(value: object) -> bool:
 
 
 def _label(cells: Cells) -> dict[str, Any]:
-    """Whether the answer is good, for KTO; empty if there is no label."""
+    """Whether the answer is good, for KTO; empty for a row without a label."""
     value = cells.get("label")
     if value is None or value == "":
         return {}

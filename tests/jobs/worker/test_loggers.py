@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import sys
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ def trackio_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function that returns the configuration and the entries of a run in Trackio's database."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))  # read once, when it is imported
-        storage = pytest.importorskip("trackio.sqlite_storage", reason="an older installation without Trackio")
+        storage = importlib.import_module("trackio.sqlite_storage")
     return lambda run: (
         storage.SQLiteStorage.get_run_config("loramill", run),
         storage.SQLiteStorage.get_logs("loramill", run),

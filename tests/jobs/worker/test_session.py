@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,7 @@ from loramill.types import JobRecord, JobStatus
 from ...waiting import eventually, in_thread
 from ..environment import JobEnvironment
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With several, MKL divides float32 products in ways that depend on the number of rows."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

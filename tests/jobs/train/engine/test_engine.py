@@ -27,6 +27,8 @@ from loramill.types import JobSpec
 from ....llama import tiny_llama
 from ..tiny_training import NOWHERE, context_of, random_examples, random_judged, spec_of, train_and_export
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -134,15 +136,6 @@ def test_together_or_alone_the_weights_are_the_same_to_the_bit(
     for number, job in enumerate(jobs):
         assert files(folder / str(number), job) == files_alone(model, job, folder / f"{number} alone")
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With several, MKL divides float32 products in ways that depend on the number of rows."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ from loramill.jobs.train.objectives.losses import METRICS, AnswerLogProbs, PassL
 
 from ....llama import tiny_llama
 
-pytest.importorskip("trl")
-
 BETA = 0.2
 VOCABULARY = 40
 #: Prompt, chosen and rejected answer, of different lengths; token 0 ends an answer.
