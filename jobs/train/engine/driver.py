@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -36,7 +36,8 @@ class Driver(Generic[T]):
     waits for another's step to be complete.
 
     Args:
-        pass_tokens: maximum tokens of a pass with several parts. It is halved if memory runs out in such a pass.
+        pass_tokens: maximum tokens of a pass with several parts. If one runs out of memory, the limit drops to half of
+            its tokens.
     """
 
     def __init__(self, engine: TrainingEngine, pass_tokens: int) -> None:
@@ -50,7 +51,9 @@ class Driver(Generic[T]):
 
     def start(self, name: str, tenant: str, work: Work[T]) -> None:
         """Starts a client's work, up to the first pass that it needs."""
-        # A tenant that joins has no claim to what the others were served before.
+        # Only tenants that are active together are compared: one that joins starts level with the least served.
+        if not self._clients:
+            self._served.clear()
         active = [self._served[client.tenant] for client in self._clients.values()]
         if active and not any(client.tenant == tenant for client in self._clients.values()):
             self._served[tenant] = max(self._served.get(tenant, 0), min(active))
@@ -58,10 +61,10 @@ class Driver(Generic[T]):
         self._advance(name, tenant, work, None)
 
     def run_pass(self, timeout_seconds: float) -> list[Ended[T]]:
-        """Runs one pass; returns the clients whose work ended meanwhile.
+        """Runs one pass; returns the outcomes of the work that ended since the last call.
 
         Args:
-            timeout_seconds: for which to wait if all clients wait for something else than a pass.
+            timeout_seconds: how long to wait if no client is ready for a pass.
         """
         self._collect_futures(timeout_seconds)
         waiting = [name for name, client in self._clients.items() if isinstance(client.waits_for, Part)]
@@ -91,7 +94,8 @@ class Driver(Generic[T]):
         futures = {name: each.waits_for for name, each in self._clients.items() if isinstance(each.waits_for, Future)}
         if not futures:
             return
-        wait(futures.values(), timeout=timeout_seconds if len(futures) == len(self._clients) else 0)
+        timeout = timeout_seconds if len(futures) == len(self._clients) else 0
+        wait(futures.values(), timeout=timeout, return_when=FIRST_COMPLETED)
         for name, future in futures.items():
             if future.done():
                 client = self._clients.pop(name)

@@ -30,7 +30,7 @@ class TrainingEngine:
         model: the base, within `configured_forward`.
 
     Attributes:
-        max_tokens: number of tokens of a pass with several parts for which there was memory so far.
+        max_tokens: limit of a pass with several parts: half the tokens of the smallest one that ran out of memory.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -107,7 +107,10 @@ def _add_gradients(parts: Sequence[Part], losses: list[torch.Tensor]) -> None:
         (parts[0].backward or torch.autograd.backward)(losses[0])
         return
     weights = [weight for part in parts for weight in part.adapter.weights.values()]
-    for weight, gradient in zip(weights, torch.autograd.grad(losses, weights, allow_unused=True), strict=True):
+    found = torch.autograd.grad(losses, weights, allow_unused=True)
+    # Fused AdamW reads a gradient as if it had the weight's strides; PiSSA's are slices. All memory is allocated before
+    # the first gradient is added.
+    gradients = [each if each is None else each.contiguous() for each in found]
+    for weight, gradient in zip(weights, gradients, strict=True):
         if gradient is not None:
-            # Fused AdamW reads a gradient as if it had the weight's strides; PiSSA's are slices.
-            weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)

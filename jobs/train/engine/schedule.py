@@ -26,9 +26,9 @@ class WaitingPart:
 def choose_parts(waiting: Sequence[WaitingPart], served: dict[str, int], max_tokens: int) -> list[int]:
     """Returns the indices of the parts of the next pass, in the order of `waiting`.
 
-    The first is of the tenant that was served the fewest tokens so far, counted without the tokens of other tenants'
-    parts in the same passes. Parts of the same kind join in that order, one of each tenant at a time, as long as they
-    fit.
+    The first part is of the tenant that was served the fewest tokens. Further parts, all for training or none, are
+    picked in the same way, with the parts that are already chosen counted as served; one that does not fit is skipped.
+    A part marked `alone` is never combined with others.
 
     Args:
         waiting: at least one part; the parts of a tenant in the order in which they came.

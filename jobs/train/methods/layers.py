@@ -133,7 +133,7 @@ class DoraLinear(LoraLinear):
         return self._row_norms[1]
 
 
-#: The adapter, or None for the base alone, and the number of rows of each part of a pass, in their order.
+#: For each part of a pass, in order: its adapter's slot (None: the base alone) and its number of rows.
 Parts = tuple[tuple[Slot | None, int], ...]
 
 
@@ -179,9 +179,12 @@ class AdaptedLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d_in] to [..., d_out], in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
-        parts = (self.rows.head if self.is_head else self.rows.body) or ((next(iter(self.layers)), len(rows)),)
-        # An adapter's rows get the same bits next to any others. Outputs that are scaled before the bias is added come
-        # from other products than those that are not.
+        parts = self.rows.head if self.is_head else self.rows.body
+        if not parts:
+            [slot] = self.layers
+            parts = ((slot, len(rows)),)
+        # DoRA scales the output before the bias is added; other adapters' products include the bias. The two are
+        # computed separately, so that an adapter's result does not depend on its neighbors.
         runs = [tuple(run) for _, run in groupby(parts, key=self._scales_rows)]
         if len(runs) == 1:
             y = self._output(rows, parts)
