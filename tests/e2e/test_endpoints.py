@@ -88,11 +88,17 @@ def keys(endpoints: Mill, versions: list[str]) -> dict[str, str]:
 
 @dataclass
 class Load:
-    """The answers and errors of a number of streams."""
+    """The answers and errors of a number of streams, and how many streams each version has begun."""
 
+    begun: Counter[str] = field(default_factory=Counter)
     answers: list[tuple[str, str]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     broken: int = 0
+
+    async def next_answer_by(self, version: str) -> None:
+        """Waits until a version begins another answer."""
+        before = self.begun[version]
+        await eventually(lambda: self.begun[version] > before, 60, f"an answer by {version[:12]}")
 
     async def stream(self, client: AsyncOpenAI, model: str, tokens: int = TOKENS) -> None:
         """Reads one answer; `broken` counts those that failed after their first chunk."""
@@ -107,6 +113,7 @@ class Load:
                 extra_body={"ignore_eos": True},
             ) as response:
                 version = response.headers.get("x-loramill-version", "")
+                self.begun[version] += 1
                 async for chunk in await response.parse():
                     begun, text = True, text + chunk.choices[0].text
         except openai.APIError as error:
@@ -163,10 +170,10 @@ async def test_promotions_fail_no_request_and_answers_keep_their_version(
     endpoints: Mill, versions: list[str], keys: dict[str, str]
 ) -> None:
     async with streams(client(endpoints, keys["acme"]), "acme/bot", 8) as load:
-        for number in range(12):
-            await asyncio.sleep(0.3)
+        for promoted in versions * 4:
             with endpoints.client(keys["acme"]) as own:
-                own.adapters.promote("acme/bot", versions[number % 3])
+                own.adapters.promote("acme/bot", promoted)
+            await load.next_answer_by(promoted)
     assert not load.errors
     assert set(dict(load.answers)) == set(versions)
     # Greedy: a version gives the same text, whatever was promoted meanwhile.

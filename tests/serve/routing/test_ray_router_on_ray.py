@@ -121,17 +121,17 @@ def test_adapters_stay_where_they_are_until_their_replica_dies(answer):
         assert sum(loads.values()) <= 1.25 * len(versions)
         victim = Counter(rounds[0].values()).most_common(1)[0][0]
         os.kill(victim, signal.SIGKILL)
+        # Adapters of the dead replica would evict these: 24 in 16 slots. So they come first, on their own.
+        kept = {version: pid for version, pid in rounds[0].items() if pid != victim}
+        assert await pids(answer, list(kept)) == kept
         deadline = time.monotonic() + 60
         while True:
             try:
-                after = await pids(answer, versions)
+                moved = await pids(answer, [version for version in versions if version not in kept])
                 break
             except ray.exceptions.RayActorError:
                 assert time.monotonic() < deadline
-        assert victim not in after.values()
-        assert {version: pid for version, pid in after.items() if rounds[0][version] != victim} == {
-            version: pid for version, pid in rounds[0].items() if pid != victim
-        }
+        assert set(moved.values()) <= set(kept.values())
 
     asyncio.run(story())
 
