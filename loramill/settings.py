@@ -188,7 +188,8 @@ class JobSettings(_Section):
         default=1,
         ge=1,
         le=1024,
-        description="Maximum number of jobs that one session trains at once, by passes over the base that they share.",
+        description="Maximum number of jobs that one session trains at once, by passes over the base that they share. "
+        "A session takes another job only while its passes have room, and its memory too, as far as that is known.",
     )
     pass_tokens: int | None = Field(
         default=None,

@@ -1,8 +1,8 @@
 """A worker process of Ray Train: leases jobs and trains them.
 
-A session keeps the base resident and runs one job after another. A dedicated trainer runs one job, long or on several
-GPUs: its first process leases the job, reports and publishes, and the others take their part of each step. Ray Train
-retries no job: attempts are the queue's.
+A session keeps the base resident and runs job after job, or several at once. A dedicated trainer runs one job, long or
+on several GPUs: its first process leases the job, reports and publishes, and the others take their part of each step.
+Ray Train retries no job: attempts are the queue's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from ray.train.torch import get_device
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import JobError
 from loramill.gpus.process import open_gpu
-from loramill.jobs.scheduling.reconciler import worker_name
+from loramill.jobs.scheduling.reconciler import may_take_another, worker_name
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup, connect_processes
-from loramill.jobs.worker.session import run_jobs
+from loramill.jobs.worker.admission import SessionMemory
+from loramill.jobs.worker.session import max_pass_tokens, run_jobs
 from loramill.jobs.worker.worker import Worker, lease_next_job, run_attempt, training_steps
-from loramill.models.catalog import find_base, load_for_training
+from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.registry import Registry, pool_gpus
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings, Settings
+from loramill.sizing import anatomy, find_config
 from loramill.types import Executor, GpuInfo, JobRecord
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def run_session(config: dict[str, Any]) -> None:
     device, gpu = select_device(settings.jobs)
     worker = build_worker(settings, slot, "session", device)
     report_gpu(worker.registry, gpu)
+    memory = session_memory(settings, worker.base, device, gpu)
     worker.model()  # load the base before the first job is leased
 
     def should_stop(idle_seconds: float) -> bool:
@@ -50,7 +53,11 @@ def run_session(config: dict[str, Any]) -> None:
         with worker.registry.reading() as session:
             return not worker_slots.is_open(session, slot, holder)
 
-    run_jobs(worker, should_stop=should_stop)
+    def is_turn() -> bool:
+        with worker.registry.reading() as session:
+            return may_take_another(session, slot, time.time())
+
+    run_jobs(worker, should_stop=should_stop, may_take_another=is_turn, memory=memory)
 
 
 def run_dedicated(config: dict[str, Any]) -> None:
@@ -106,6 +113,21 @@ def select_device(settings: JobSettings) -> tuple[torch.device, GpuInfo | None]:
         return torch.device("cpu"), None
     device: torch.device = get_device()
     return device, open_gpu(settings.gpu_share, device)
+
+
+def session_memory(settings: Settings, base: Base, device: torch.device, gpu: GpuInfo | None) -> SessionMemory | None:
+    """Returns the memory of a session; None on a CPU, unless the settings have it."""
+    size = settings.jobs.device_bytes if gpu is None else int(gpu.bytes * settings.jobs.gpu_share)
+    if size is None:
+        return None
+    config = anatomy(find_config(settings.base, settings.cache))
+    return SessionMemory(
+        config,
+        base.quantization,
+        "cpu" if gpu is None else "cuda",
+        size,
+        pass_tokens=max_pass_tokens(settings.jobs, device),
+    )
 
 
 def report_gpu(registry: Registry, gpu: GpuInfo | None) -> None:

@@ -10,12 +10,14 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loramill.jobs.scheduling.policy import (
+    SESSION_PREFIX,
     EndSession,
     PoolState,
     Preempt,
@@ -136,7 +138,13 @@ def read_pool_state(session: Session, settings: JobSettings, now: float, base: s
     """Reads the pool from the registry, with at most as many waiting jobs (of this base, if given) as worker slots."""
     running = session.execute(
         select(
-            JobRow.id, JobRow.attempt, JobRow.priority, JobRow.started_at, JobRow.owner, JobRow.pending_action
+            JobRow.id,
+            JobRow.attempt,
+            JobRow.priority,
+            JobRow.started_at,
+            JobRow.owner,
+            JobRow.pending_action,
+            JobRow.alone,
         ).where(JobRow.status == JobStatus.RUNNING)
     )
     return PoolState(
@@ -150,14 +158,24 @@ def read_pool_state(session: Session, settings: JobSettings, now: float, base: s
                 row.started_at,
                 worker_slot_of(row.owner),
                 row.pending_action is not None,
+                row.alone,
             )
             for row in running
         ),
         waiting=tuple(
-            WaitingJob(job.id, job.executor, job.priority, _slots_needed(session, job, settings))
+            WaitingJob(job.id, job.executor, job.priority, _slots_needed(session, job, settings), job.alone)
             for job in queue.startable_jobs(session, now, executor=None, limit=settings.sessions, base=base)
         ),
+        per_session=settings.per_session,
     )
+
+
+def may_take_another(session: Session, worker_slot: str, now: float) -> bool:
+    """Whether no other open session has fewer jobs than this one, so that jobs spread evenly over the pool."""
+    owners = session.scalars(select(JobRow.owner).where(JobRow.status == JobStatus.RUNNING))
+    counts = Counter(worker_slot_of(owner) for owner in owners if owner is not None)
+    names = (slot.name for slot in worker_slots.list_held(session, now) if not slot.ending)
+    return all(counts[worker_slot] <= counts[name] for name in names if name.startswith(SESSION_PREFIX))
 
 
 def worker_name(worker_slot: str, pid: int) -> str:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import torch
+
 from loramill.errors import LoramillError, Unavailable
 from loramill.jobs.train.engine import Driver, Ended, TrainingEngine, Work
 from loramill.jobs.train.forward import configured_forward
 from loramill.jobs.train.loop import open_run
 from loramill.jobs.worker import publish
+from loramill.jobs.worker.admission import SessionMemory, may_join
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.worker import (
     OUTAGE_ERRORS,
@@ -25,6 +28,7 @@ from loramill.jobs.worker.worker import (
     training_context,
 )
 from loramill.kernels.device import device_works, free_cached_memory
+from loramill.settings import JobSettings
 from loramill.types import JobRecord
 
 log = logging.getLogger(__name__)
@@ -39,36 +43,49 @@ BACKGROUND_THREADS = 2
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-def run_jobs(worker: Worker, *, should_stop: Callable[[float], bool]) -> int:
-    """Runs jobs until the session should stop and the jobs that it has are done; returns how many ended.
+def run_jobs(
+    worker: Worker,
+    *,
+    should_stop: Callable[[float], bool],
+    may_take_another: Callable[[], bool] = lambda: True,
+    memory: SessionMemory | None = None,
+) -> int:
+    """Runs jobs until the session should stop and the jobs that it has are done; returns how many attempts ended.
 
     Args:
         should_stop: called with the seconds since the session last had a job, whenever it may lease one.
+        may_take_another: whether it is this session's turn to train one more job next to those that it has.
+        memory: of this session; None: not known, and not checked.
 
     Raises:
         Unavailable: a job left the GPU unusable for this process; other jobs would only fail.
     """
-    with _open_session(worker) as session:
+    with _open_session(worker, memory) as session:
         while session.has_jobs or not session.stopping:
             if session.may_lease():
-                session.lease(should_stop)
+                session.lease(should_stop, may_take_another)
             session.run_pass()
-    return session.done
+    return session.ended
 
 
 @contextmanager
-def _open_session(worker: Worker) -> Iterator[_Session]:
+def _open_session(worker: Worker, memory: SessionMemory | None) -> Iterator[_Session]:
     model, settings = worker.model(), worker.settings
-    pass_tokens = settings.pass_tokens or PASS_TOKENS[worker.device.type]
+    pass_tokens = max_pass_tokens(settings, worker.device)
     with (
         configured_forward(model, pass_tokens, deterministic=settings.deterministic),
         ThreadPoolExecutor(BACKGROUND_THREADS, thread_name_prefix="session") as background,
     ):
-        session = _Session(worker, Driver(TrainingEngine(model), pass_tokens), background)
+        session = _Session(worker, Driver(TrainingEngine(model), pass_tokens), background, memory)
         try:
             yield session
         finally:
             session.close()
+
+
+def max_pass_tokens(settings: JobSettings, device: torch.device) -> int:
+    """Maximum tokens of a pass that several jobs share."""
+    return settings.pass_tokens or PASS_TOKENS[device.type]
 
 
 class _Session:
@@ -76,12 +93,19 @@ class _Session:
 
     Attributes:
         stopping: it leases no further job.
-        done: number of jobs that ended.
+        ended: number of attempts that ended.
     """
 
-    def __init__(self, worker: Worker, driver: Driver[LoramillError | None], background: ThreadPoolExecutor) -> None:
-        self.stopping, self.done = False, 0
-        self._worker, self._driver, self._background = worker, driver, background
+    def __init__(
+        self,
+        worker: Worker,
+        driver: Driver[LoramillError | None],
+        background: ThreadPoolExecutor,
+        memory: SessionMemory | None,
+    ) -> None:
+        self.stopping, self.ended = False, 0
+        self._worker, self._driver, self._background, self._memory = worker, driver, background, memory
+        self._jobs: dict[str, JobRecord] = {}
         self._idle_since, self._next_lease_at = time.monotonic(), 0.0
         self._settle_from, self._outage_pause = 0.0, OUTAGE_PAUSE_SECONDS
 
@@ -92,17 +116,19 @@ class _Session:
 
     def may_lease(self) -> bool:
         """Whether there is room for another job, and it is time to query the queue."""
-        room = len(self._driver) < self._worker.settings.per_session
+        room = len(self._jobs) < self._worker.settings.per_session and self._driver.has_room
         return room and not self.stopping and time.monotonic() >= self._next_lease_at
 
-    def lease(self, should_stop: Callable[[float], bool]) -> None:
+    def lease(self, should_stop: Callable[[float], bool], may_take_another: Callable[[], bool]) -> None:
         """Leases the next job and starts its work, if one waits and the session should not stop."""
         now = time.monotonic()
         try:
             if should_stop(0.0 if self.has_jobs else now - self._idle_since):
                 self.stopping = True
                 return
-            job = lease_next_job(self._worker, settle=now >= self._settle_from)
+            job = None
+            if not self.has_jobs or may_take_another():
+                job = lease_next_job(self._worker, settle=now >= self._settle_from, admits=self._admits)
         except LoramillError as error:
             log.warning("no job could be leased; retrying: %s", error.message)
             # During the outage workers that hold a job could not send heartbeats: they get time to do it first.
@@ -112,6 +138,7 @@ class _Session:
         if job is None:
             self._next_lease_at = now + POLL_SECONDS
         else:
+            self._jobs[job.id] = job
             self._driver.start(job.id, job.tenant, self._attempt(job))
 
     def run_pass(self) -> None:
@@ -129,13 +156,17 @@ class _Session:
         """Leaves the jobs that are still in training to other attempts."""
         self._driver.close()
 
+    def _admits(self, job: JobRecord) -> bool:
+        return may_join(job, self._jobs.values(), self._memory)
+
     def _end(self, ended: Ended[LoramillError | None]) -> None:
+        del self._jobs[ended.name]
         if ended.error is not None:
             raise ended.error
         if ended.value is not None and not device_works(self._worker.device):
             raise Unavailable("The GPU of this session does not compute any more; the session is being replaced.")
         free_cached_memory(self._worker.device)  # the next job's tensors have other sizes
-        self.done, self._idle_since = self.done + 1, time.monotonic()
+        self.ended, self._idle_since = self.ended + 1, time.monotonic()
         if isinstance(ended.value, OUTAGE_ERRORS):
             self._next_lease_at = time.monotonic() + self._outage_pause
             self._outage_pause = min(2 * self._outage_pause, MAX_OUTAGE_PAUSE_SECONDS)

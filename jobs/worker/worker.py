@@ -92,10 +92,17 @@ def run_next_job(worker: Worker) -> bool:
     return True
 
 
-def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = True) -> JobRecord | None:
+def lease_next_job(
+    worker: Worker,
+    job_id: str | None = None,
+    *,
+    settle: bool = True,
+    admits: Callable[[JobRecord], bool] | None = None,
+) -> JobRecord | None:
     """Leases the next job, or the one with this id; returns None if it does not wait or is for another base.
 
     Args:
+        admits: whether the worker has room for a job; None: for any.
         settle: first queue again the jobs whose workers vanished.
 
     Raises:
@@ -113,6 +120,7 @@ def lease_next_job(worker: Worker, job_id: str | None = None, *, settle: bool = 
             job_id=job_id,
             base=worker.base.fingerprint,
             reclaim=settle,
+            admits=admits,
         )
 
 

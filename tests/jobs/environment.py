@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.jobs.scheduling.reconciler import worker_name
+from loramill.jobs.scheduling.reconciler import may_take_another, worker_name
 from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import Worker
 from loramill.models.catalog import Base, find_base, load_for_training
@@ -139,9 +140,14 @@ def run_worker(environment: JobEnvironment, slot: str, holder: str) -> None:
         with registry.reading() as session:
             return idle > environment.settings.jobs.idle_seconds or not worker_slots.is_open(session, slot, holder)
 
+    def is_turn() -> bool:
+        with registry.reading() as session:
+            return may_take_another(session, slot, time.time())
+
     run_jobs(
         environment.worker(worker_name(slot, os.getpid()), registry=registry, executor="session"),
         should_stop=should_stop,
+        may_take_another=is_turn,
     )
 
 

@@ -13,11 +13,12 @@ from loramill.jobs.train.engine.schedule import WaitingPart, choose_parts
 
 @dataclass(slots=True)
 class _Client(Generic[T]):
-    """A client's work, and what it waits for."""
+    """A client's work, and what it waits for; `started` once it has had a pass."""
 
     tenant: str
     work: Work[T]
     waits_for: Part | Future[Any]
+    started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,20 @@ class Driver(Generic[T]):
     def __len__(self) -> int:
         return len(self._clients)
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of the parts that wait for a pass."""
+        return sum(each.waits_for.tokens for each in self._clients.values() if isinstance(each.waits_for, Part))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the parts of the clients leave room in a pass; unknown, and False, while a client prepares its first.
+
+        More clients than fill a pass would gain nothing, and each would take longer.
+        """
+        preparing = any(isinstance(each.waits_for, Future) and not each.started for each in self._clients.values())
+        return not preparing and self.waiting_tokens < self._pass_tokens
+
     def start(self, name: str, tenant: str, work: Work[T]) -> None:
         """Starts a client's work, up to the first pass that it needs."""
         # Only tenants that are active together are compared: one that joins starts level with the least served.
@@ -58,7 +73,7 @@ class Driver(Generic[T]):
         if active and not any(client.tenant == tenant for client in self._clients.values()):
             self._served[tenant] = max(self._served.get(tenant, 0), min(active))
         self._served.setdefault(tenant, 0)
-        self._advance(name, tenant, work, None)
+        self._advance(name, tenant, work, None, started=False)
 
     def run_pass(self, timeout_seconds: float) -> list[Ended[T]]:
         """Runs one pass; returns the outcomes of the work that ended since the last call.
@@ -87,7 +102,7 @@ class Driver(Generic[T]):
         for name, part, result in zip(names, parts, results, strict=True):
             client = self._clients.pop(name)
             self._served[client.tenant] += part.tokens
-            self._advance(name, client.tenant, client.work, result)
+            self._advance(name, client.tenant, client.work, result, started=True)
         self._pass_tokens = min(self._pass_tokens, self._engine.max_tokens)
 
     def _collect_futures(self, timeout_seconds: float) -> None:
@@ -99,14 +114,15 @@ class Driver(Generic[T]):
         for name, future in futures.items():
             if future.done():
                 client = self._clients.pop(name)
-                self._advance(name, client.tenant, client.work, future.exception() or future.result())
+                outcome = future.exception() or future.result()
+                self._advance(name, client.tenant, client.work, outcome, started=client.started)
 
     def _part(self, name: str) -> Part:
         part = self._clients[name].waits_for
         assert isinstance(part, Part)
         return part
 
-    def _advance(self, name: str, tenant: str, work: Work[T], result: Any) -> None:
+    def _advance(self, name: str, tenant: str, work: Work[T], result: Any, *, started: bool) -> None:
         """Gives a client what it waited for, or the error; it then waits for something else, or has ended."""
         try:
             waits_for = work.throw(result) if isinstance(result, BaseException) else work.send(result)
@@ -115,7 +131,7 @@ class Driver(Generic[T]):
         except Exception as error:  # noqa: BLE001 - whatever it is, it ended this client's work alone
             self._ended.append(Ended(name, None, error))
         else:
-            self._clients[name] = _Client(tenant, work, waits_for)
+            self._clients[name] = _Client(tenant, work, waits_for, started)
 
 
 def _described(tenant: str, part: Part, engine: TrainingEngine) -> WaitingPart:

@@ -91,7 +91,8 @@ class JobRow(TableBase):
 
     `attempt` counts leases and never decreases; `returned` counts leases that were given back. `cost` is the number of
     tokens that the job is expected to train on, in which its tenant's fair share is counted. `lost_step` is the step at
-    which its worker was last lost, and `max_lost_step` the highest such step. `base` is that of the spec, for queries.
+    which its worker was last lost, and `max_lost_step` the highest such step. `shared`: another job was in the session
+    of its last attempt; `alone`: its next attempt has a session for itself. `base` is that of the spec, for queries.
     """
 
     __tablename__ = "jobs"
@@ -119,6 +120,8 @@ class JobRow(TableBase):
     micro_tokens: Mapped[int | None]
     lost_step: Mapped[int | None]
     max_lost_step: Mapped[int | None]
+    shared: Mapped[bool] = mapped_column(default=False, server_default=false())
+    alone: Mapped[bool] = mapped_column(default=False, server_default=false())
     step: Mapped[int] = mapped_column(default=0)
     trained_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     loss: Mapped[float | None]

@@ -203,7 +203,7 @@ def retry(session: Session, job_id: str) -> JobRecord:
     fair_share.enter_queue(session, row.tenant)
     before = row.status
     row.pending_action = row.error_code = row.error_message = row.not_before = row.lost_step = row.max_lost_step = None
-    row.returned = row.attempt
+    row.returned, row.alone = row.attempt, False
     if before is JobStatus.CANCELLED:  # no checkpoint is left
         row.step = row.trained_tokens = 0
     transitions.stop(session, row, JobStatus.QUEUED)

@@ -8,6 +8,7 @@ to another one, all of its changes raise LeaseLost. This fence prevents anything
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,6 +58,7 @@ def lease(
     job_id: str | None = None,
     base: str | None = None,
     reclaim: bool = True,
+    admits: Callable[[JobRecord], bool] | None = None,
 ) -> JobRecord | None:
     """Leases the next queued job to `owner` for some seconds; returns None if no job can start.
 
@@ -70,11 +72,13 @@ def lease(
         base: only jobs of the base with this fingerprint; None: any.
         reclaim: first reclaim jobs whose lease has expired. False right after an outage of the database, when their
             workers are about to send heartbeats again.
+        admits: whether the owner has room for a job; None: for any. No other job is leased in place of the next one
+            if it has not, so that small jobs can't overtake a large one forever.
     """
     if reclaim:
         reclaim_expired(session, now=now, max_attempts=max_attempts)
     row = queue.next_job(session, now, executor, base) if job_id is None else queue.job_by_id(session, job_id, base)
-    if row is None:
+    if row is None or (admits is not None and not admits(transitions.to_record(row))):
         return None
     transitions.start(session, row, owner, now, seconds, max_attempts)
     return transitions.to_record(row)
@@ -84,7 +88,9 @@ def reclaim_expired(session: Session, *, now: float, max_attempts: int) -> int:
     """Ends all leases that have expired; returns their number.
 
     Each job is queued again, unless it has a pending cancel or pause, has no attempts left, or lost two workers in a
-    row after the same step, which is what running out of memory looks like. A loss after a later step than every loss
+    row after the same step, which is what running out of memory looks like. If other jobs shared its session, one of
+    them may be the cause: the job then has a session for itself from the next attempt on, with all of its attempts. A
+    loss after a later step than every loss
     before uses no attempt and gives back those used before: such a job makes progress however often it loses its node,
     and the number of such losses is limited by its number of steps.
     """
@@ -250,11 +256,14 @@ def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
     lost_twice, row.lost_step = row.lost_step == row.step, row.step
     if row.step > (row.max_lost_step or 0):
         row.max_lost_step, row.returned = row.step, row.attempt
+    no_attempts_left = row.attempt - row.returned >= max_attempts
     if row.pending_action == "cancel":
         transitions.cancel(session, row)
     elif row.pending_action == "pause":
         transitions.pause(session, row)
-    elif row.attempt - row.returned >= max_attempts:
+    elif row.shared and not row.alone and (lost_twice or no_attempts_left):
+        transitions.retry_alone(session, row)
+    elif no_attempts_left:
         message = (
             f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, last {row.owner} "
             f"after step {row.step}, without getting past step {row.max_lost_step or 0}. It may need more memory "

@@ -29,6 +29,7 @@ class QueuedJob:
     id: str
     executor: Executor
     priority: int
+    alone: bool
 
 
 def startable_jobs(
@@ -50,7 +51,7 @@ def startable_jobs(
         .subquery()
     )
     statement = (
-        select(JobRow.id, JobRow.executor, JobRow.priority)
+        select(JobRow.id, JobRow.executor, JobRow.priority, JobRow.alone)
         .join(TenantRow, TenantRow.name == JobRow.tenant)
         .outerjoin(running, running.c.tenant == JobRow.tenant)
         .where(
@@ -67,7 +68,9 @@ def startable_jobs(
         statement = statement.where(JobRow.executor == executor)
     if base is not None:
         statement = statement.where(JobRow.base == base)
-    return [QueuedJob(row.id, cast(Executor, row.executor), row.priority) for row in session.execute(statement)]
+    return [
+        QueuedJob(row.id, cast(Executor, row.executor), row.priority, row.alone) for row in session.execute(statement)
+    ]
 
 
 def next_job(session: Session, now: float, executor: Executor | None, base: str | None = None) -> JobRow | None:

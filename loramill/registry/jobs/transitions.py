@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, LoramillError, NotFound, OutOfMemory
@@ -60,7 +61,15 @@ def start(session: Session, row: JobRow, owner: str, now: float, seconds: float,
     row.attempt += 1
     row.started_at = row.started_at or now
     row.pending_action = row.not_before = row.tokens_per_second = None
+    row.shared = _mark_shared(session, row)
     add_event(session, row, f"Attempt {row.attempt} started by {owner}.")
+
+
+def _mark_shared(session: Session, row: JobRow) -> bool:
+    """Marks the other jobs of a job's session, if it has any, as sharing it; returns whether it has."""
+    others = (JobRow.owner == row.owner, JobRow.status == JobStatus.RUNNING, JobRow.id != row.id)
+    marked = session.scalars(update(JobRow).where(*others).values(shared=True).returning(JobRow.id))
+    return bool(marked.all())
 
 
 def stop(session: Session, row: JobRow, status: JobStatus) -> None:
@@ -110,6 +119,17 @@ def retry_with_smaller_microbatch(session: Session, row: JobRow, error: OutOfMem
         f"instead of {spec.micro_tokens}, with the same result: {error.message}",
         level="warn",
     )
+
+
+def retry_alone(session: Session, row: JobRow) -> None:
+    """Queues a job whose session vanished with several jobs for a session of its own; this uses up no attempt."""
+    row.alone, row.returned, row.lost_step = True, row.attempt, None
+    stop(session, row, JobStatus.QUEUED)
+    message = (
+        f"The worker of attempt {row.attempt} disappeared again after step {row.step}. It trained several jobs, and "
+        "any of them may be the cause: the next attempt has a session for itself."
+    )
+    add_event(session, row, message, level="warn")
 
 
 def add_event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -34,8 +35,8 @@ def running(job: str, slot: str, **fields: Any) -> RunningJob:
     return RunningJob(**{"id": job, "attempt": 1, "priority": 0, "started_at": 0.0, "worker_slot": slot} | fields)
 
 
-def small(job: str, priority: int = 0) -> WaitingJob:
-    return WaitingJob(job, "session", priority)
+def small(job: str, priority: int = 0, alone: bool = False) -> WaitingJob:
+    return WaitingJob(job, "session", priority, alone=alone)
 
 
 def large(job: str, size: int, priority: int = 0) -> WaitingJob:
@@ -44,6 +45,13 @@ def large(job: str, size: int, priority: int = 0) -> WaitingJob:
 
 BUSY = (running("a", "session-1", started_at=1.0), running("b", "session-2", started_at=2.0))
 TWO = (session(1), session(2))
+THREE_JOBS = (*BUSY, running("c", "session-2", started_at=3.0, priority=1))
+
+
+def shared(*fields: Any) -> PoolState:
+    """A pool of two slots whose sessions run up to two jobs."""
+    return PoolState(2, *fields, per_session=2)
+
 
 CASES: dict[str, tuple[PoolState, tuple[Action, ...]]] = {
     "nothing waits": (PoolState(2), ()),
@@ -114,6 +122,32 @@ CASES: dict[str, tuple[PoolState, tuple[Action, ...]]] = {
         PoolState(3, TWO, BUSY, (large("c", 2), small("d"))),
         (EndSession("session-2"),),
     ),
+    "sessions start before jobs share one": (
+        shared((session(1),), (), (small("a"), small("b"))),
+        (StartSession("session-2"),),
+    ),
+    "jobs share sessions once each has one": (shared(TWO, BUSY, (small("c"), small("d"))), ()),
+    "a full session's youngest job of the lowest priority is preempted": (
+        shared(TWO, (*THREE_JOBS, running("d", "session-1", started_at=4.0)), (small("e", 1),)),
+        (Preempt("d", 1),),
+    ),
+    "a job with a session for itself ends no other": (shared(TWO, BUSY, (small("c", alone=True),)), ()),
+    "a job of a higher priority gets a session for itself": (
+        shared(TWO, THREE_JOBS, (small("d", 1, alone=True),)),
+        (Preempt("a", 1),),
+    ),
+    "a session for one job takes no other": (
+        shared(TWO, (running("a", "session-1", alone=True), *THREE_JOBS[1:]), (small("d", 1),)),
+        (Preempt("b", 1),),
+    ),
+    "all jobs of a session stop for a trainer": (
+        shared(TWO, (*BUSY, running("c", "session-2", started_at=3.0)), (large("d", 1, 1),)),
+        (Preempt("c", 1), Preempt("b", 1), EndSession("session-2")),
+    ),
+    "a session with a job of a higher priority does not end for a trainer": (
+        shared(TWO, (running("a", "session-1", priority=2), *THREE_JOBS[1:]), (large("d", 1, 1),)),
+        (EndSession("session-2"),),
+    ),
     "the slots of one trainer serve several jobs": (
         PoolState(2, (trainer("a", 2),), (running("a", "a"),), (small("b", 1), small("c", 1))),
         (Preempt("a", 1),),
@@ -129,7 +163,7 @@ def test_decisions(case: str) -> None:
 
 @st.composite
 def pools(draw: st.DrawFn) -> PoolState:
-    size = draw(st.integers(1, 6))
+    size, per_session = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     priorities = st.integers(-1, 1)
     held: list[WorkerSlot] = []
     at_work: list[RunningJob] = []
@@ -139,9 +173,9 @@ def pools(draw: st.DrawFn) -> PoolState:
             held.append(session(len(held) + 1, draw(st.booleans())))
         else:
             held.append(trainer(f"t{len(held)}", draw(st.integers(1, left))))
-        if draw(st.booleans()):
-            name = held[-1].name
-            job = name if name.startswith("t") else f"j{len(held)}"
+        name = held[-1].name
+        for number in range(draw(st.integers(0, per_session if is_session(held[-1]) else 1))):
+            job = f"j{len(held)}.{number}" if is_session(held[-1]) else name
             fields = {
                 "priority": draw(priorities),
                 "started_at": draw(st.floats(0, 9)),
@@ -150,8 +184,8 @@ def pools(draw: st.DrawFn) -> PoolState:
             at_work.append(running(job, name, **fields))
     jobs = draw(st.lists(st.tuples(priorities, st.integers(0, 8)), max_size=6))
     jobs.sort(key=lambda job: -job[0])
-    waiting = [large(f"w{i}", n, p) if n else small(f"w{i}", p) for i, (p, n) in enumerate(jobs)]
-    return PoolState(size, tuple(held), tuple(at_work), tuple(waiting))
+    waiting = [large(f"w{i}", n, p) if n else small(f"w{i}", p, draw(st.booleans())) for i, (p, n) in enumerate(jobs)]
+    return PoolState(size, tuple(held), tuple(at_work), tuple(waiting), per_session)
 
 
 @settings(max_examples=600)
@@ -174,7 +208,9 @@ def test_actions_fit_the_pool_and_preempt_the_least_important(pool: PoolState) -
     for victim in preempted:
         assert not victim.stopping
         assert any(victim.priority < job.priority for job in pool.waiting)
-        # No job that keeps running would have been a better choice.
+        # No job that keeps running would have been a better choice, if sessions have one job each.
+        if pool.per_session > 1:
+            continue
         for spared in at_work.values():
             if spared not in preempted and not spared.stopping:
                 assert (spared.priority, -spared.started_at) >= (victim.priority, -victim.started_at)
@@ -191,14 +227,21 @@ def test_a_job_above_all_running_priorities_starts_eventually(pool: PoolState) -
     first = pool.waiting[0]
     for _ in range(5):
         actions = decide(pool)
-        busy = {job.worker_slot for job in pool.running}
-        idle = [slot for slot in pool.held_slots if is_session(slot) and not slot.ending and slot.name not in busy]
-        if first.executor == "session" and (idle or any(isinstance(action, StartSession) for action in actions)):
+        if first.executor == "session" and (
+            has_place(pool, first) or any(isinstance(action, StartSession) for action in actions)
+        ):
             return
         if any(isinstance(action, StartTrainer) and action.job == first.id for action in actions):
             return
         pool = after(pool, actions)
     pytest.fail(f"{first} never starts: {pool}")
+
+
+def has_place(pool: PoolState, waiting: WaitingJob) -> bool:
+    """Whether a session can take the job now."""
+    counts = Counter(job.worker_slot for job in pool.running)
+    most = 1 if waiting.alone else pool.per_session
+    return any(is_session(slot) and not slot.ending and counts[slot.name] < most for slot in pool.held_slots)
 
 
 def is_session(slot: WorkerSlot) -> bool:
@@ -215,4 +258,4 @@ def after(pool: PoolState, actions: tuple[Action, ...]) -> PoolState:
     )
     busy = {job.worker_slot for job in left}
     held = tuple(p for p in pool.held_slots if p.name not in ending and (is_session(p) or p.name in busy))
-    return PoolState(pool.slot_count, held, left, pool.waiting)
+    return PoolState(pool.slot_count, held, left, pool.waiting, pool.per_session)

@@ -11,7 +11,7 @@ import pytest
 
 from loramill.errors import Unavailable
 from loramill.jobs.scheduling import reconciler as reconciler_module
-from loramill.jobs.scheduling.reconciler import Reconciler
+from loramill.jobs.scheduling.reconciler import Reconciler, may_take_another, worker_name
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
@@ -190,6 +190,29 @@ def test_the_job_history_contains_why_its_trainer_ended(registry):
 
 def fail(name: str, holder: object) -> None:
     raise RuntimeError("no GPU")
+
+
+def test_a_session_takes_another_job_if_no_other_has_fewer(registry, make, runs):
+    submit(registry, 4)
+    make(sessions=2, per_session=4).reconcile()
+
+    def lease(slot: str) -> JobRecord:
+        with registry.writing() as session:
+            return jobs.lease(session, worker_name(slot, 1), now=time.time(), seconds=60, max_attempts=3)
+
+    def turns() -> list[bool]:
+        with registry.reading() as session:
+            return [may_take_another(session, f"session-{number}", time.time()) for number in (1, 2)]
+
+    assert turns() == [True, True]
+    lease("session-1")
+    assert turns() == [False, True]
+    lease("session-2")
+    assert turns() == [True, True]
+    with registry.writing() as session:
+        worker_slots.request_end(session, "session-2")
+    lease("session-1")
+    assert turns()[0]
 
 
 def test_reconciling_continues_after_errors(registry, make, monkeypatch):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_left
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import select, update
 
 from loramill.jobs.train.engine import engine as engine_module
 from loramill.jobs.train.engine.engine import TrainingEngine
+from loramill.jobs.worker.admission import SessionMemory
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import run_next_job
 from loramill.registry import jobs
+from loramill.registry.database.tables import JobRow
+from loramill.sizing import anatomy, find_config
 from loramill.types import JobRecord, JobStatus
 
 from ...waiting import eventually, in_thread
@@ -76,10 +83,61 @@ def test_jobs_of_one_session_share_passes_and_end_as_if_alone(environment: JobEn
 
 
 def test_a_session_takes_as_many_jobs_as_it_may(environment: JobEnvironment, passes: list[int]) -> None:
-    queued = [environment.submit(f"tenant{number}/a", steps=6) for number in range(9)]
+    queued = [environment.submit(f"tenant{number}/a", steps=30) for number in range(9)]
     assert run_session(environment, *queued) == 9
     assert max(passes) == 4
     assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 1)}
+
+
+def test_a_session_whose_passes_are_full_takes_no_further_job(
+    tmp_path: Path, tiny_chat_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = JobEnvironment.at(tmp_path, tiny_chat_base, per_session=4, pass_tokens=1)
+    queued = [environment.submit(f"tenant{number}/a", steps=30) for number in range(3)]
+    adapters: list[Any] = []
+    run = TrainingEngine.run
+
+    def recorded(engine: TrainingEngine, parts: Any) -> Any:
+        adapters.extend(part.adapter for part in parts)
+        return run(engine, parts)
+
+    monkeypatch.setattr(TrainingEngine, "run", recorded)
+    assert run_session(environment, *queued) == 3
+    assert len([adapter for adapter, _ in itertools.groupby(adapters, id)]) == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_job_that_needs_a_session_for_itself_gets_it(
+    environment: JobEnvironment, passes: list[int], first: bool
+) -> None:
+    queued = [environment.submit(f"tenant{number}/a", steps=30) for number in range(2)]
+    with environment.registry.writing() as session:
+        session.execute(update(JobRow).where(JobRow.id == queued[0 if first else 1].id).values(alone=True))
+    assert run_session(environment, *queued) == 2
+    assert set(passes) == {1} and all(was_alone(environment, job) for job in queued)
+
+
+def test_a_session_without_memory_for_another_job_waits_until_one_ends(
+    environment: JobEnvironment, passes: list[int]
+) -> None:
+    queued = [environment.submit(f"tenant{number}/a", steps=30) for number in range(3)]
+    base = anatomy(find_config(environment.settings.base, environment.settings.cache))
+    memory = partial(SessionMemory, base, "none", "cpu", pass_tokens=1024)
+    two = [job.spec for job in queued[:2]]
+    fits_two = bisect_left(range(2**34), True, key=lambda size: memory(bytes=size).fits(two))
+    assert not memory(bytes=fits_two).fits([job.spec for job in queued])
+    run_jobs(
+        environment.worker(),
+        should_stop=lambda _: all(environment.now(job).status.final for job in queued),
+        memory=memory(bytes=fits_two),
+    )
+    assert max(passes) == 2
+    assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 1)}
+
+
+def was_alone(environment: JobEnvironment, job: JobRecord) -> bool:
+    with environment.registry.reading() as session:
+        return not session.scalars(select(JobRow.shared).where(JobRow.id == job.id)).one()
 
 
 def test_what_fails_fails_alone(environment: JobEnvironment) -> None:

@@ -70,6 +70,42 @@ def test_a_job_without_progress_fails_with_its_furthest_step(registry, job):
     assert "after step 80, without getting past step 100" in failed.error_message
 
 
+def lose_shared(registry: Registry, queued: list[JobRecord], step: int, owner: str) -> list[JobRecord]:
+    """Lets one worker lease these jobs, report a step of each, and vanish; returns the jobs afterwards."""
+    for job in queued:
+        leased = do(registry, jobs.lease, owner, now=NOW, seconds=10, max_attempts=3, job_id=job.id)
+        do(registry, jobs.heartbeat, job.id, leased.attempt, jobs.JobProgress(step, 0), now=NOW, seconds=1)
+    do(registry, jobs.reclaim_expired, now=NOW + 5, max_attempts=3)
+    return [do(registry, jobs.get, job.id) for job in queued]
+
+
+def test_jobs_of_a_session_that_vanished_twice_are_tried_alone_with_all_attempts(registry, job, make_spec):
+    other = do(registry, jobs.submit, make_spec("acme/bot", micro_tokens=256), {})
+    assert [each.alone for each in lose_shared(registry, [job, other], 4, "w1")] == [False, False]
+    again = lose_shared(registry, [job, other], 4, "w2")
+    assert [(each.status, each.alone, each.micro_tokens) for each in again] == [(JobStatus.QUEUED, True, None)] * 2
+    # What follows counts for this job: it needs less memory, or fails.
+    assert [lose_shared(registry, [job], 4, "w3")[0].micro_tokens for _ in range(2)] == [None, 128]
+    assert lose_shared(registry, [job], 4, "w3")[0].status is JobStatus.FAILED
+    assert not do(registry, jobs.retry, job.id).alone
+
+
+def test_losses_of_shared_sessions_without_progress_fail_no_job(registry, job, make_spec):
+    other = do(registry, jobs.submit, make_spec("acme/bot", micro_tokens=256), {})
+    for step in (100, 90, 80, 70):
+        after = lose_shared(registry, [job, other], step, "w1")
+    assert [(each.status, each.alone) for each in after] == [(JobStatus.QUEUED, True)] * 2
+
+
+def test_a_job_that_is_not_admitted_stays_queued_and_holds_back_the_next(registry, job, make_spec):
+    do(registry, jobs.submit, make_spec("acme/bot"), {})
+    offered = []
+    admits = lambda record: offered.append(record.id)  # noqa: E731
+    assert do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=3, admits=admits) is None
+    assert offered == [job.id] and do(registry, jobs.get, job.id).status is JobStatus.QUEUED
+    assert do(registry, jobs.lease, "w", now=NOW, seconds=10, max_attempts=3, admits=lambda _: True).id == job.id
+
+
 class _Row:
     """The columns that `_reclaim` uses, without a database."""
 
@@ -78,6 +114,7 @@ class _Row:
         self.id, self.owner, self.spec = "ftjob-1", "w", spec.model_dump(mode="json")
         self.status, self.pending_action, self.micro_tokens = JobStatus.RUNNING, None, None
         self.lost_step = self.max_lost_step = None
+        self.shared = self.alone = False
         self.attempt = self.returned = self.step = 0
 
 
