@@ -25,6 +25,16 @@ Json = Annotated[
 ]
 Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 if a target is missed.")]
 Record = Annotated[bool, typer.Option("--record", help="Append the results to this checkout's benchmarks/results.csv.")]
+TenantsFolder = Annotated[
+    Path,
+    typer.Option(
+        "--tenants",
+        metavar="FOLDER",
+        exists=True,
+        file_okay=False,
+        help="Folder that contains one folder of data per tenant.",
+    ),
+]
 
 app = typer.Typer(
     cls=Root,
@@ -130,12 +140,7 @@ def soak(
 
 @app.command()
 def quality(
-    tenants: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", exists=True, file_okay=False, help="Folder that contains one folder of data per tenant."
-        ),
-    ],
+    tenants: TenantsFolder,
     only: Only = "",
     json: Json = None,
     check: Check = False,
@@ -145,6 +150,21 @@ def quality(
     from loramill_bench.quality import run
 
     _run_benchmark(lambda: run(tenants, Settings.load(), only, _report), json, check)
+
+
+@app.command()
+def sweep(
+    tenants: TenantsFolder,
+    steps: Annotated[int, typer.Option(min=8, help="Optimizer steps of a whole training.")] = 64,
+    only: Only = "",
+    json: Json = None,
+    check: Check = False,
+    record: Record = False,
+) -> None:
+    """Sweep eight candidates on real tenants' data, and train all of them to the end (about one hour)."""
+    from loramill_bench.training.sweep import run
+
+    _run_benchmark(lambda: run(_built_in_base(), tenants, only, _report, steps=steps), json, check, record)
 
 
 def _built_in_base() -> Base:

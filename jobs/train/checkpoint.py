@@ -29,7 +29,7 @@ KEEP_LAST = 2
 #: Version of the file format, a part of the key: a file of another version is not read.
 FORMAT_VERSION = 2
 #: Fields that older specs do not have; their defaults mean what was done without them.
-_ADDED_FIELDS = ("epochs", "objective", "dpo_loss", "beta", "desirable_weight", "undesirable_weight")
+_ADDED_FIELDS = ("epochs", "objective", "dpo_loss", "beta", "desirable_weight", "undesirable_weight", "candidates")
 #: Fields by the names that they had when the first checkpoints were written.
 _RENAMED_FIELDS = {"train_on": "learn"}
 

@@ -16,7 +16,7 @@ with other `micro_tokens`, the last bits may differ. On a GPU they differ from r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -68,6 +68,7 @@ class TrainContext:
             same progress.
         attach: attaches what is trained to the model; by default the adapter of the spec's method.
         deterministic: compute the same bits each time on a GPU, too.
+        validated_steps: steps after which the job is validated in addition to those of its spec.
     """
 
     spec: JobSpec
@@ -81,6 +82,7 @@ class TrainContext:
     process_group: ProcessGroup = SINGLE_PROCESS
     attach: Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]] = attach_adapter
     deterministic: bool = False
+    validated_steps: Collection[int] = ()
 
     @property
     def pass_tokens(self) -> int:
@@ -288,7 +290,7 @@ class TrainingRun:
 
     def _validates_after(self, step: int) -> bool:
         interval = self._spec.eval_every or self._spec.checkpoint_every
-        return step % interval == 0 or step == self._spec.steps
+        return step % interval == 0 or step == self._spec.steps or step in self._context.validated_steps
 
     def _validate(self) -> Work[RunState]:
         state = self.state

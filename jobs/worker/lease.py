@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from loramill.errors import (
@@ -22,7 +22,7 @@ from loramill.jobs.train.loop import TrainingProgress
 from loramill.registry import Registry, jobs
 from loramill.retry import retry_while_unavailable
 from loramill.settings import JobSettings
-from loramill.types import JobRecord, PendingAction
+from loramill.types import JobRecord, PendingAction, SweepCandidate
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Lease:
         self._registry, self._job, self._settings = registry, job, settings
         self._last: TrainingProgress | None = None
         self._valid_loss: float | None = None
-        self._pending_events: list[TrainingProgress] = []
+        self._pending_events: list[tuple[TrainingProgress, int | None]] = []
+        self._sweep: Sequence[SweepCandidate] | None = None
         self._speed: deque[tuple[float, int]] = deque()
         self._lock, self._heartbeat_lock = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
@@ -90,6 +91,15 @@ class Lease:
 
     def report(self, progress: TrainingProgress) -> None:
         """Takes the progress of a step; the next heartbeat writes it to the registry."""
+        self.report_progress(progress)
+        self.report_metrics(progress)
+
+    def report_sweep(self, candidates: Sequence[SweepCandidate]) -> None:
+        """Takes how far the candidates of a sweep are."""
+        self._sweep = candidates
+
+    def report_progress(self, progress: TrainingProgress) -> None:
+        """Takes how far the job is, without the metrics of its step."""
         now = time.monotonic()
         with self._lock:
             self._last = progress
@@ -97,13 +107,18 @@ class Lease:
             self._speed.append((now, progress.trained_tokens))
             while len(self._speed) > 2 and self._speed[0][0] < now - SPEED_WINDOW_SECONDS:
                 self._speed.popleft()
-            interval = max(1, progress.total_steps // MAX_METRICS_EVENTS)
-            if (
-                progress.step % interval == 0
-                or progress.step == progress.total_steps
-                or progress.valid_loss is not None
-            ):
-                self._pending_events.append(progress)
+
+    def report_metrics(self, progress: TrainingProgress, candidate: int | None = None) -> None:
+        """Takes the metrics of a step for the job's history, unless there are too many.
+
+        Args:
+            candidate: number of the sweep's candidate that took the step.
+        """
+        interval = max(1, progress.total_steps // MAX_METRICS_EVENTS)
+        due = progress.step % interval == 0 or progress.step == progress.total_steps
+        if due or progress.valid_loss is not None:
+            with self._lock:
+                self._pending_events.append((progress, candidate))
 
     def flush(self) -> None:
         """Writes all progress reported so far.
@@ -147,6 +162,7 @@ class Lease:
                     loss=None if last is None else last.loss,
                     valid_loss=self._valid_loss,
                     tokens_per_second=rate,
+                    sweep=self._sweep,
                 )
                 pending_action = jobs.heartbeat(
                     session,
@@ -156,9 +172,11 @@ class Lease:
                     now=time.time(),
                     seconds=self._settings.lease_seconds,
                 )
-                for progress in events:
+                for progress, candidate in events:
                     message = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.3f}"
-                    data = _event_data(progress, rate)
+                    data: dict[str, float] = _event_data(progress, rate)
+                    if candidate is not None:
+                        message, data = f"Candidate {candidate}: {message}", {"candidate": candidate, **data}
                     jobs.add_event(session, self._job.id, message, kind="metrics", data=data)
             with self._lock:
                 del self._pending_events[: len(events)]

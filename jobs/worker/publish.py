@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress) -> None:
+def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress, location: Path | str | None = None) -> None:
     """Publishes the last checkpoint as a version that can be used by its name; no alias moves.
+
+    Args:
+        location: of the checkpoints, if it is not the job's.
 
     Raises:
         LeaseLost: another worker has the job.
@@ -31,7 +34,7 @@ def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress) -> No
     """
     artifact = None
     if job.spec.method != "full":  # a LoRA would have to be extracted for each checkpoint
-        location = worker.checkpoint_location(job)
+        location = location or worker.checkpoint_location(job)
         artifact = _store(worker, job, export_adapter(location, job.spec, base=worker.base.name, best=False))
 
     def add() -> None:
@@ -41,18 +44,19 @@ def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress) -> No
     outlast_database_outage(add)
 
 
-def version(worker: Worker, job: JobRecord, last: TrainingProgress | None) -> None:
+def version(worker: Worker, job: JobRecord, last: TrainingProgress | None, location: Path | str | None = None) -> None:
     """Publishes the trained adapter as the job's version, which ends the job.
 
     Args:
         last: the last step of this attempt, or None if an earlier attempt did all steps.
+        location: of the checkpoints, if it is not the job's.
 
     Raises:
         LeaseLost: another worker has the job.
         JobCancelled: the job was cancelled.
         DiskFull, Unavailable, StoreUnusable: the version can't be stored.
     """
-    spec, location, result = job.spec, worker.checkpoint_location(job), None
+    spec, location, result = job.spec, location or worker.checkpoint_location(job), None
     if spec.method == "full":
         from loramill.jobs.train.full_finetune import export_full
 

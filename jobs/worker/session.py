@@ -14,7 +14,7 @@ from loramill.errors import LoramillError, Unavailable
 from loramill.jobs.train.engine import Driver, Ended, TrainingEngine, Work
 from loramill.jobs.train.forward import configured_forward
 from loramill.jobs.train.loop import open_run
-from loramill.jobs.worker import publish
+from loramill.jobs.worker import publish, sweep
 from loramill.jobs.worker.admission import SessionMemory, may_join
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.worker import (
@@ -29,6 +29,7 @@ from loramill.jobs.worker.worker import (
 )
 from loramill.kernels.device import device_works, free_cached_memory
 from loramill.settings import JobSettings
+from loramill.sizing.tenants import PASS_TOKENS
 from loramill.types import JobRecord
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,6 @@ POLL_SECONDS = 0.25
 OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 #: Threads that read data and publish versions while passes run.
 BACKGROUND_THREADS = 2
-#: Tokens of a pass that several jobs share, by type of device: enough for the products with the base's weights.
-PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def run_jobs(
@@ -185,8 +184,11 @@ class _Session:
         """`run_job` by shared passes. Other jobs train while this one's data is read and its version is stored."""
         worker = self._worker
         context = yield self._background.submit(training_context, worker, job, lease.raise_if_stopped)
-        with reported_steps(worker, job, lease) as report, open_run(worker.model(), context) as run:
-            while not run.state.finished:
-                report((yield from run.advance()))
-        yield self._background.submit(publish.version, worker, job, lease.last_progress)
+        if job.spec.candidates:
+            yield from sweep.train_best(worker, job, lease, context, self._background)
+        else:
+            with reported_steps(worker, job, lease) as report, open_run(worker.model(), context) as run:
+                while not run.state.finished:
+                    report((yield from run.advance()))
+            yield self._background.submit(publish.version, worker, job, lease.last_progress)
         remove_checkpoints(worker, job)

@@ -310,9 +310,13 @@ def record_attempt_end(worker: Worker, job: JobRecord, error: LoramillError) -> 
         log.exception("job %s: ended (%s), and the registry can't be reached; the lease will run out", job.id, error)
 
 
-def remove_checkpoints(worker: Worker, job: JobRecord) -> None:
-    """Removes a job's checkpoints; what can't be removed now is left to the next clean-up."""
+def remove_checkpoints(worker: Worker, job: JobRecord, location: Path | str | None = None) -> None:
+    """Removes a job's checkpoints; what can't be removed now is left to the next clean-up.
+
+    Args:
+        location: folder or URL of some of them; None: all.
+    """
     try:
-        delete_all(worker.checkpoint_location(job))
+        delete_all(location or worker.checkpoint_location(job))
     except (LoramillError, OSError) as error:
         log.warning("job %s: the checkpoints can't be removed now: %s", job.id, error)

@@ -72,7 +72,8 @@ class JobsResource:
             options: Options of the job; the gateway fills in defaults for the rest, which `Job.spec` shows. The usual
                 ones are epochs or steps (steps win), batch_size, learning_rate, method ("lora", "dora", …), rank,
                 alpha, targets ("all-linear", or names), max_length, start_from ("champion" or a version to continue
-                from), priority, seed and metadata. `loramill.submission.options.JobOptions` describes all of them.
+                from), sweep (values of options to choose from, such as {"rank": [8, 32]}), priority, seed and
+                metadata. `loramill.submission.options.JobOptions` describes all of them.
 
         Raises:
             InvalidRequest: An option or the data is invalid. DoesNotFit: no GPU of the pool can hold the job.

@@ -21,6 +21,7 @@ from loramill.types import (
     JobStatus,
     KeyRecord,
     PendingAction,
+    SweepCandidate,
     TenantRecord,
     VersionRecord,
 )
@@ -130,6 +131,7 @@ class Job(FrozenModel):
         estimated_finish: Expected time of completion at the current speed, in seconds since the epoch.
         waits_for: Condition that prevents a queued job from starting, such as a base that is not served.
         spec: The job's options, frozen at submission.
+        sweep: The candidates of a sweep, and how far each is.
     """
 
     id: str
@@ -160,6 +162,7 @@ class Job(FrozenModel):
     estimated_finish: float | None = None
     waits_for: str | None = None
     spec: dict[str, Any] = Field(default_factory=dict)
+    sweep: tuple[SweepCandidate, ...] = ()
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> Self:

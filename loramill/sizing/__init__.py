@@ -9,6 +9,7 @@ from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy, LinearShape, anatomy, find_config, linears, read_config
 from loramill.sizing.memory import MemoryEstimate, MemoryItem, MemoryRow
 from loramill.sizing.planner import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, format_bytes, plan
+from loramill.sizing.sweep_plan import plan_sweep
 from loramill.sizing.targets import check_targets, refuse_experts
 from loramill.types import JobSpec
 
@@ -43,6 +44,8 @@ def fit_spec(
 ) -> tuple[JobSpec, str | None]:
     """Chooses the fields that sizing may change (`ADJUSTABLE`) so that a job fits one device of the pool.
 
+    The candidates of a sweep have to fit together.
+
     Args:
         spec: the job.
         base: its base.
@@ -61,14 +64,15 @@ def fit_spec(
     pool = GpuPool.from_settings(settings)
     if pool is None:
         return spec, None
-    found = plan(
-        SizingRequest(
-            spec=spec,
-            base=anatomy(read_config(str(base.folder))),
-            quantization=base.quantization,
-            lengths=tuple(lengths),
-            pool=pool,
-            adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set if adjustable is None else frozenset(adjustable),
-        )
+    request = SizingRequest(
+        spec=spec,
+        base=anatomy(read_config(str(base.folder))),
+        quantization=base.quantization,
+        lengths=tuple(lengths),
+        pool=pool,
+        adjustable=frozenset(ADJUSTABLE) - spec.model_fields_set if adjustable is None else frozenset(adjustable),
     )
+    if spec.candidates:
+        return plan_sweep(request, settings.pass_tokens)
+    found = plan(request)
     return found.spec, found.explanation

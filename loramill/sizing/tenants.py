@@ -11,7 +11,7 @@ linears, exist once per token, whichever adapters its row meets; an adapter save
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loramill.plural import counted
@@ -34,6 +34,9 @@ from loramill.sizing.memory import (
 )
 from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec, Quantization
+
+#: Tokens of a pass that several jobs share, by type of device: enough for the products with the base's weights.
+PASS_TOKENS: Mapping[str, int] = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)

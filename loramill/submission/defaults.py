@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from loramill.errors import InvalidRequest
+from loramill.halving import trained_steps
 from loramill.models.catalog import EXPERT_ARCHITECTURES, Base
 from loramill.submission.objectives import check_objective
 from loramill.submission.request import SPEC_TRAIN_ON, Auto, DpoHyperparameters, JobRequest, LoramillOptions
@@ -49,7 +50,9 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 #: Options that are not fields of a spec, or that a spec writes in another form.
-_NOT_IN_SPEC = {"start_from", "quantization", "method", "targets", "layers", "train_on", "priority", "executor"}
+_NOT_IN_SPEC = frozenset(
+    ("start_from", "quantization", "method", "targets", "layers", "train_on", "priority", "executor", "sweep")
+)
 
 _PARAM_OF_FIELD = {
     "steps": "hyperparameters.n_epochs",
@@ -110,7 +113,7 @@ def count_steps(epochs: int, examples: int, batch_size: int) -> int:
 
 
 def count_training_tokens(spec: JobSpec, lengths: Sequence[int], examples: int) -> float:
-    """Tokens that a job trains on, prompts included.
+    """Tokens that a job trains on, prompts included; of a sweep, those of all candidates.
 
     Args:
         spec: the job.
@@ -118,7 +121,8 @@ def count_training_tokens(spec: JobSpec, lengths: Sequence[int], examples: int) 
         examples: number of examples in the training file.
     """
     passes = spec.steps * spec.batch_size / examples if spec.epochs is None else spec.epochs
-    return passes * sum(lengths)
+    trainings = trained_steps(len(spec.trained_specs), spec.steps) / spec.steps
+    return passes * trainings * sum(lengths)
 
 
 def openai_hyperparameters(spec: JobSpec, examples: int | None) -> dict[str, int | float | None]:

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from loramill.errors import InvalidRequest
 from loramill.submission.request import LoramillOptions, spec_field
+from loramill.submission.sweep import check_sweep, sweep_from_text
 from loramill.types import Executor, Quantization, Schedule
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class JobOptionsDict(TypedDict, total=False):
     eval_every: int | None
     patience: int | None
     keep: Literal["best", "last"] | None
+    sweep: Mapping[str, list[Any]] | None
     start_from: str | None
     priority: int | None
     executor: Executor | None
@@ -105,17 +107,36 @@ def read_options(options: Mapping[str, object]) -> JobOptions:
         InvalidRequest: options are unknown, or of another type; the message has a line for each.
     """
     try:
-        return JobOptions.model_validate({name: parsed(name, value) for name, value in drop_none(options).items()})
+        read = JobOptions.model_validate({name: parsed(name, value) for name, value in drop_none(options).items()})
+        return read if read.sweep is None else read.model_copy(update={"sweep": _read_sweep(read.sweep)})
     except ValidationError as error:
         raise InvalidRequest("\n".join(dict.fromkeys(map(_problem, error.errors())))) from error
+
+
+def _read_sweep(sweep: Mapping[str, Sequence[object]]) -> dict[str, list[Any]]:
+    """The values of a sweep, each of the type of its option.
+
+    Raises:
+        InvalidRequest: as `check_sweep`.
+        ValidationError: a value is of another type.
+    """
+    check_sweep(sweep)
+
+    def read(name: str, value: object) -> Any:
+        value = from_text(name, value) if isinstance(value, str) else value
+        return getattr(JobOptions.model_validate({name: value}), name)
+
+    return {name: [read(name, value) for value in values] for name, values in sweep.items()}
 
 
 def from_text(name: str, text: str) -> object:
     """The value of a table's cell or of an option on the command line; types are checked later.
 
     Raises:
-        InvalidRequest: it is not NAME=VALUE pairs where these are required.
+        InvalidRequest: it is not NAME=VALUE pairs, or in a sweep NAME=VALUE,VALUE, where these are required.
     """
+    if name == "sweep":
+        return sweep_from_text(text)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if name in LISTS:
         return parts
@@ -135,7 +156,7 @@ def parsed(name: str, value: object) -> object:
     Raises:
         InvalidRequest: as `from_text`.
     """
-    return from_text(name, value) if name in PAIRS and isinstance(value, str) else value
+    return from_text(name, value) if name in (*PAIRS, "sweep") and isinstance(value, str) else value
 
 
 def columns_of(name: str, text: str | None) -> Columns:

@@ -63,6 +63,11 @@ def plan_job(options: Mapping[str, Any], settings: Settings) -> JobPlan:
         BaseUnusable: the base does not exist.
     """
     read = read_plan_options(options)
+    if read.sweep is not None:
+        raise InvalidRequest(
+            "A plan is of one training: leave 'sweep' out, and set 'tenants' to the number of candidates.",
+            param="sweep",
+        )
     pool = _gpu_pool(read, settings)
     config = anatomy(find_config(settings.base if read.base is None else read.base, settings.cache))
     spec, quantization = _resolve(read, config, settings)

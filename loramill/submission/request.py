@@ -95,6 +95,11 @@ class LoramillOptions(FrozenModel):
     eval_every: int | None = spec_field("eval_every", "at each checkpoint")
     patience: int | None = spec_field("patience")
     keep: Literal["best", "last"] | None = spec_field("keep")
+    sweep: dict[str, list[Any]] | None = Field(
+        default=None,
+        description="Train a candidate for each combination of these values of options, drop the weak ones early by "
+        "their validation loss, and publish the best one's version.",
+    )
     start_from: str | None = Field(
         default=None,
         description="Alias (such as champion) or version of the same adapter to continue from. Default: new weights.",

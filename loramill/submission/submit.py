@@ -25,6 +25,7 @@ from loramill.submission.defaults import count_training_tokens, resolve_spec
 from loramill.submission.objectives import check_kind
 from loramill.submission.references import find_file, named_by
 from loramill.submission.request import JobRequest
+from loramill.submission.sweep import candidate_requests, combine
 from loramill.types import Executor, JobRecord, JobSpec
 
 
@@ -91,7 +92,8 @@ def check_request(session: Session, request: JobRequest, context: SubmissionCont
     if request.valid:
         find_file(session, request.valid, tenant, "validation_file")
     start_from = _find_start(session, base, request.adapter, request.options.start_from)
-    spec = resolve_spec(request, base, train.examples, start_from)
+    candidates = candidate_requests(request)
+    spec = combine([resolve_spec(each, base, train.examples, start_from) for each in candidates])
     return check_spec(
         session,
         spec,
@@ -123,7 +125,8 @@ def check_spec(
         NotFound: a dataset was deleted.
         InvalidRequest: as `check_request`.
     """
-    check_targets(spec, context.base)
+    for each in spec.trained_specs:
+        check_targets(each, context.base)
     tenant, minimum = spec.adapter_name.tenant, context.settings.min_examples
     train = datasets.get(session, spec.train, tenant)
     if train.examples < minimum:
@@ -215,4 +218,6 @@ def _choose_executor(spec: JobSpec, cost: float, settings: JobSettings, requeste
             f"A session can't run the job, since {reason} needs a dedicated trainer: leave 'executor' out.",
             param="loramill.executor",
         )
+    if spec.candidates:
+        return "session"
     return requested or ("dedicated" if reason or cost >= settings.dedicated_tokens else "session")

@@ -29,6 +29,7 @@ from loramill.types.jobs import (
 )
 from loramill.types.nightly import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAsideData, StepStatus
 from loramill.types.retention import Removal, RetentionPolicy
+from loramill.types.sweeps import CandidateState, SweepCandidate
 from loramill.types.tenants import AuditRecord, KeyRecord, Limits, RateWindow, Scope, TenantRecord, UsageRecord
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Alias",
     "AliasChange",
     "AuditRecord",
+    "CandidateState",
     "CheckpointRecord",
     "DatasetRecord",
     "DeletionSummary",
@@ -70,6 +72,7 @@ __all__ = [
     "ServedQuantization",
     "SetAsideData",
     "StepStatus",
+    "SweepCandidate",
     "TenantRecord",
     "TrainOn",
     "UsageRecord",

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loramill.names import AdapterName
 from loramill.types.base import FrozenModel
+from loramill.types.sweeps import SweepCandidate
 
 
 class JobStatus(StrEnum):
@@ -156,6 +157,20 @@ class JobSpec(FrozenModel):
         description="Weights that become the version: those of the lowest validation loss, or the last.",
     )
 
+    candidates: tuple[dict[str, Any], ...] = Field(
+        default=(),
+        description="Sweep: for each candidate, the fields in which the candidates differ. The fields above are those "
+        "of the first one, and once the job has succeeded those of the best.",
+    )
+
+    @property
+    def trained_specs(self) -> tuple[JobSpec, ...]:
+        """The specs that are trained: those of a sweep's candidates, or else this one."""
+        if not self.candidates:
+            return (self,)
+        common = self.model_dump(exclude={"candidates"})
+        return tuple(JobSpec.model_validate(common | values) for values in self.candidates)
+
     @property
     def adapter_name(self) -> AdapterName:
         """The adapter as a parsed name."""
@@ -194,6 +209,7 @@ class JobRecord(FrozenModel):
     result: str | None = Field(default=None, description="Artifact of the weights of a full fine-tune.")
     error_code: str | None = None
     error_message: str | None = None
+    sweep: tuple[SweepCandidate, ...] = Field(default=(), description="The candidates of a sweep.")
     metadata: dict[str, str] = Field(default_factory=dict)
     created_at: float
     started_at: float | None = None

@@ -145,6 +145,7 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "train_on": "all" if old.train_on == "last" else old.train_on,  # the default of older jobs
         "steps": count_steps(epochs, train.examples, old.batch_size),
         "epochs": epochs,
+        "candidates": (),  # of a sweep: the others are values of the best one
         "objective": "sft",
         "learning_rate": (old.learning_rate if old.objective == "sft" else LEARNING_RATE) / 2,
     }

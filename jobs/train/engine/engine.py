@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from loramill.jobs.train.engine.parts import Part, T, Work
+from loramill.jobs.train.engine.parts import Part, T, Together, Work
 from loramill.jobs.train.forward import is_memory_error, predict, recomputed_layers, shares_passes
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,12 @@ class TrainingEngine:
         return self.run(parts[:middle]) + self.run(parts[middle:])
 
     def complete(self, work: Work[T]) -> T:
-        """Runs the passes of one client alone, and returns the result of its work."""
+        """Runs the passes of one client alone, and returns the result of its work, which does nothing together."""
         result: Any
         try:
             waits_for = next(work)
             while True:
+                assert not isinstance(waits_for, Together)
                 if isinstance(waits_for, Part):
                     [result] = self.run([waits_for])
                 else:

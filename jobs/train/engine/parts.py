@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -54,7 +54,15 @@ class Part:
         return None if self.base_only else self.adapter.slot
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Works of one client that are done at the same time, at least one, each with an adapter of its own."""
+
+    works: Sequence[Work[Any]]
+
+
 #: Work of a client that ends in a T. It yields the parts that it needs, one after another, and is sent for each the
 #: second value of its loss, float64; an error of the pass is raised in it. It yields a future for what takes long and
-#: needs no pass, such as reading data, and is sent the future's result.
-Work = Generator[Part | Future[Any], Any, T]
+#: needs no pass, such as reading data, and is sent the future's result. To a driver it may also yield works to do
+#: together, and is sent for each its result or the error that ended it, once all have ended.
+Work = Generator[Part | Future[Any] | Together, Any, T]

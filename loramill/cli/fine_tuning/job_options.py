@@ -19,7 +19,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "Objective": ("objective", "dpo_loss", "beta", "desirable_weight", "undesirable_weight"),
     "Training": (
         "epochs", "steps", "batch_size", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm",
-        "max_length", "train_on", "packing", "eval_every", "patience", "keep", "checkpoint_every", "seed",
+        "max_length", "train_on", "packing", "eval_every", "patience", "keep", "checkpoint_every", "seed", "sweep",
     ),
     "Placement": (
         "priority", "executor", "gpus", "micro_tokens", "gradient_checkpointing", "offload", "metadata",
@@ -28,6 +28,8 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 _SHORT_FLAGS = {"learning_rate": ("--lr",)}
 #: Booleans whose default is neither yes nor no, so that they take a word instead of being a flag.
 _CHOSEN_BOOLEANS = ("gradient_checkpointing",)
+#: Options that may be given several times, and what the help calls their values.
+_REPEATED = {"sweep": "NAME=VALUE,VALUE"}
 
 
 def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,11 +47,13 @@ def job_option_help(name: str) -> str:
 def _option(name: str, panel: str) -> Any:
     flag = f"--{name.replace('_', '-')}"
     kind = Literal["yes", "no"] if name in _CHOSEN_BOOLEANS else option_type(JobOptions, name)
+    if name in _REPEATED:
+        kind = list[str]
     option = typer.Option(
         f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag,
         *_SHORT_FLAGS.get(name, ()),
         help=job_option_help(name),
-        metavar="WORD" if get_origin(kind) is Literal else None,
+        metavar="WORD" if get_origin(kind) is Literal else _REPEATED.get(name),
         rich_help_panel=panel,
     )
     return Annotated[kind | None, option]

@@ -28,9 +28,10 @@ from loramill.client import Client
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
 from loramill.errors import Conflict, NotFound
+from loramill.types import SweepCandidate
 
 #: Fields of a spec that are shown under other names.
-_HIDDEN_SPEC_FIELDS = ("base", "adapter", "train")
+_HIDDEN_SPEC_FIELDS = ("base", "adapter", "train", "candidates")
 
 
 def list_jobs(
@@ -69,7 +70,30 @@ def show_job(job_id: JobArgument, json: JsonFlag = False) -> None:
         job = client.jobs.get(job_id)
     if json:
         return print_json(job)
-    return print_fields(_job_fields(job))
+    print_fields(_job_fields(job))
+    if job.sweep:
+        print_line("")
+        _print_candidates(job.sweep)
+    return None
+
+
+def _print_candidates(candidates: Sequence[SweepCandidate]) -> None:
+    names = list(candidates[0].values)
+    print_table(
+        ("CANDIDATE", *(name.upper() for name in names), "STEP", "VALIDATION LOSS", "LOWEST", "STATE"),
+        (
+            (
+                str(each.number),
+                *(_format_value(each.values[name]) for name in names),
+                str(each.step),
+                _format_loss(each.valid_loss),
+                _format_loss(each.best_valid_loss),
+                f"{each.state}: {each.error}" if each.error else each.state,
+            )
+            for each in candidates
+        ),
+        empty="",
+    )
 
 
 def _job_fields(job: Job) -> list[tuple[str, Cell]]:

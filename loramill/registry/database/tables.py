@@ -27,7 +27,13 @@ class TableBase(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {float: Double(), dict[str, Any]: JSON(), dict[str, str]: JSON(), dict[str, float]: JSON()}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        float: Double(),
+        dict[str, Any]: JSON(),
+        dict[str, str]: JSON(),
+        dict[str, float]: JSON(),
+        list[dict[str, Any]]: JSON(),
+    }
 
 
 def _text_enum(enum: type[Enum]) -> EnumType:
@@ -93,6 +99,7 @@ class JobRow(TableBase):
     tokens that the job is expected to train on, in which its tenant's fair share is counted. `lost_step` is the step at
     which its worker was last lost, and `max_lost_step` the highest such step. `shared`: another job was in the session
     of its last attempt; `alone`: its next attempt has a session for itself. `base` is that of the spec, for queries.
+    `sweep` lists the candidates of a sweep.
     """
 
     __tablename__ = "jobs"
@@ -132,6 +139,7 @@ class JobRow(TableBase):
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     labels: Mapped[dict[str, str]] = mapped_column("metadata")
+    sweep: Mapped[list[dict[str, Any]] | None]
     created_at: Mapped[float]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]

@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loramill.registry.database.tables import EventRow
+from loramill.registry.database.tables import EventRow, JobRow
+from loramill.registry.jobs.sweeps import leading
 from loramill.types import JobEvent
 
 
@@ -22,10 +23,14 @@ def newest_events(session: Session, job_id: str, *, before: int | None, limit: i
 def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
     """Returns the metrics of a job, one dict per step, in order of steps.
 
-    A step that several attempts did appears once, with the metrics of the last attempt.
+    A step that several attempts did appears once, with the metrics of the last attempt. Those of a sweep are of the
+    candidate with the lowest validation loss so far.
     """
     statement = select(EventRow.data).where(EventRow.job == job_id, EventRow.kind == "metrics").order_by(EventRow.id)
+    shown = leading(session.scalar(select(JobRow.sweep).where(JobRow.id == job_id)) or ())
     steps: dict[int, dict[str, Any]] = {}
     for data in session.scalars(statement):
+        if data.get("candidate", shown) != shown:
+            continue
         steps.setdefault(data["step"], {}).update(data)
     return [steps[step] for step in sorted(steps)]

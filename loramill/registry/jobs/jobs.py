@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.registry import datasets
 from loramill.registry.database.tables import EventRow, JobRow, VersionRow
-from loramill.registry.jobs import fair_share, transitions
+from loramill.registry.jobs import fair_share, sweeps, transitions
 from loramill.registry.pagination import newest_page
 from loramill.types import Executor, JobEvent, JobRecord, JobSpec, JobStatus
 
@@ -61,6 +61,7 @@ def submit(
         executor=executor,
         cost=cost or float(spec.steps * spec.batch_size * spec.max_length),
         labels=dict(metadata),
+        sweep=sweeps.new_candidates(spec),
         created_at=time.time(),
     )
     session.add(row)
@@ -206,6 +207,8 @@ def retry(session: Session, job_id: str) -> JobRecord:
     row.returned, row.alone = row.attempt, False
     if before is JobStatus.CANCELLED:  # no checkpoint is left
         row.step = row.trained_tokens = 0
+    if row.sweep and (before is JobStatus.CANCELLED or sweeps.all_failed(row.sweep)):
+        row.sweep = sweeps.new_candidates(JobSpec.model_validate(row.spec))
     transitions.stop(session, row, JobStatus.QUEUED)
     how = "failed" if before is JobStatus.FAILED else "was cancelled"
     transitions.add_event(session, row, f"Queued again after it {how}.")

@@ -8,7 +8,7 @@ to another one, all of its changes raise LeaseLost. This fence prevents anything
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,8 +25,8 @@ from loramill.errors import (
 )
 from loramill.registry import adapters
 from loramill.registry.database.tables import JobRow
-from loramill.registry.jobs import queue, transitions
-from loramill.types import Executor, JobRecord, JobSpec, JobStatus, PendingAction, VersionRecord
+from loramill.registry.jobs import queue, sweeps, transitions
+from loramill.types import Executor, JobRecord, JobSpec, JobStatus, PendingAction, SweepCandidate, VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class JobProgress:
         trained_tokens: tokens trained on so far, prompts included.
         loss: loss of the last step, in nats per token.
         valid_loss: loss of the last validation, in nats per token.
+        sweep: the candidates of a sweep.
     """
 
     step: int
@@ -45,6 +46,7 @@ class JobProgress:
     loss: float | None = None
     valid_loss: float | None = None
     tokens_per_second: float | None = None
+    sweep: Sequence[SweepCandidate] | None = None
 
 
 def lease(
@@ -118,6 +120,8 @@ def heartbeat(
     for metric in ("loss", "valid_loss", "tokens_per_second"):
         if (value := getattr(progress, metric)) is not None:
             setattr(row, metric, value)
+    if progress.sweep is not None:
+        row.sweep = sweeps.to_rows(progress.sweep)
     session.flush()
     return cast("PendingAction | None", row.pending_action)
 
@@ -134,7 +138,8 @@ def publish(
 ) -> JobRecord:
     """Ends the job with its version, whose artifact is already stored. The same call again changes nothing.
 
-    The first version of an adapter becomes its champion, a later one its challenger.
+    The first version of an adapter becomes its champion, a later one its challenger. The spec of a sweep's job gets the
+    values of the best candidate.
 
     Args:
         step: final step; None: the last step of the spec.
@@ -160,6 +165,7 @@ def publish(
     adapters.get_or_create(session, spec.adapter_name)
     alias = adapters.add_version(session, version)
     row.version, row.result, row.pending_action = version.id, result, None
+    row.spec = {**row.spec, **sweeps.best_values(row.sweep or ())}
     row.step = spec.steps if step is None else step
     row.trained_tokens = row.trained_tokens if trained_tokens is None else trained_tokens
     transitions.stop(session, row, JobStatus.SUCCEEDED)

@@ -50,7 +50,9 @@ def lock_job(session: Session, job_id: str) -> JobRow:
 def to_record(row: JobRow) -> JobRecord:
     """Converts a row to a value."""
     # The column is called metadata, but the attribute cannot be: SQLAlchemy's classes already have one.
-    return JobRecord.model_validate({**{name: getattr(row, name) for name in _FIELDS}, "metadata": row.labels})
+    return JobRecord.model_validate(
+        {**{name: getattr(row, name) for name in _FIELDS}, "metadata": row.labels, "sweep": row.sweep or ()}
+    )
 
 
 def start(session: Session, row: JobRow, owner: str, now: float, seconds: float, max_attempts: int) -> None:

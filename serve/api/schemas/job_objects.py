@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from loramill.serve.api.schemas.common import CreatedAt, ErrorDetail, ObjectType, response_object
-from loramill.types import Executor, JobSpec, JobStatus, PendingAction
+from loramill.types import Executor, JobSpec, JobStatus, PendingAction, SweepCandidate
 
 
 @response_object
@@ -85,6 +85,7 @@ class JobExtension(TypedDict):
     tokens_per_second: Annotated[float | None, Field(description="Training speed.")]
     started_at: Annotated[float | None, Field(description="When it first ran, in seconds since the epoch.")]
     result: Annotated[str | None, Field(description="Artifact with the weights of a full fine-tune.")]
+    sweep: Annotated[list[SweepCandidate], Field(description="The candidates of a sweep, and how far each is.")]
     waits_for: Annotated[str | None, Field(description="What a queued job waits for besides a free worker.")]
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from loramill.errors import InvalidRequest, UnsupportedParameter
+from loramill.halving import trained_steps
 from loramill.models.catalog import Base
 from loramill.names import SHORT_HASH_LENGTH, AdapterName, check_name, results_id
 from loramill.serve.api.schemas.common import Metadata, RequestBody
@@ -189,6 +190,7 @@ def _extension_object(job: JobRecord) -> dict[str, Any]:
         "tokens_per_second": job.tokens_per_second,
         "started_at": job.started_at,
         "result": job.result,
+        "sweep": [candidate.model_dump(mode="json") for candidate in job.sweep],
     }
 
 
@@ -199,10 +201,13 @@ def _estimated_finish(job: JobRecord, now: float) -> int | None:
     """
     if job.status is not JobStatus.RUNNING or not job.step or not job.started_at:
         return None
-    left = job.spec.steps - job.step
+    done, steps = job.step, job.spec.steps
+    if job.sweep:
+        done, steps = sum(each.step for each in job.sweep), trained_steps(len(job.sweep), steps)
+    left = max(0, steps - done)
     if job.tokens_per_second:
-        return int(now + left * (job.trained_tokens / job.step) / job.tokens_per_second)
-    return int(now + left * (now - job.started_at) / job.step)
+        return int(now + left * (job.trained_tokens / done) / job.tokens_per_second)
+    return int(now + left * (now - job.started_at) / done)
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
