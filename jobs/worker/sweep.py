@@ -90,7 +90,7 @@ class _Sweep:
         return left[0]
 
     def _candidate(self, index: int) -> Work[None]:
-        """Trains a candidate until it is dropped or done. What fails it alone is recorded, and the others go on."""
+        """Trains a candidate until it is dropped or done. What fails it alone is recorded, and the others continue."""
         try:
             kept = yield from self._train(index)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job's attempt ends with it

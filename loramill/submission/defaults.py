@@ -50,9 +50,9 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 #: Options that are not fields of a spec, or that a spec writes in another form.
-_NOT_IN_SPEC = frozenset(
-    ("start_from", "quantization", "method", "targets", "layers", "train_on", "priority", "executor", "sweep")
-)
+_NOT_IN_SPEC = {
+    "start_from", "quantization", "method", "targets", "layers", "train_on", "priority", "executor", "sweep",
+}  # fmt: skip
 
 _PARAM_OF_FIELD = {
     "steps": "hyperparameters.n_epochs",

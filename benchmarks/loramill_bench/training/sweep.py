@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from sqlalchemy.orm import Session
@@ -28,9 +29,10 @@ from loramill.submission.sweep import candidate_requests, combine
 from loramill.types import DatasetRecord, JobRecord, JobSpec, JobStatus
 from loramill_bench.results import Result, run_groups
 
-TENANTS = ("clinc-travel", "clinc-banking", "sgd-hotels1", "e2e-restaurants")
+#: Of different kinds, with short examples: intents, spoken commands, pronunciations, and dialogs with a state.
+TENANTS = ("clinc-travel", "hwu-play", "cmudict-g2p", "sgd-weather1")
 #: The candidates: the default learning rate and rank are among them.
-SWEEP = {"learning_rate": [1e-4, 3e-4, 1e-3, 3e-3], "rank": [8, 32]}
+SWEEP: dict[str, list[Any]] = {"learning_rate": [1e-4, 3e-4, 1e-3, 3e-3], "rank": [8, 32]}
 #: Most that a sweep may cost, of all whole trainings, and most that the loss it finds may be above the lowest.
 COST, LOSS = 0.45, 1.01
 

@@ -9,7 +9,7 @@ from loramill.types import JobSpec, SweepCandidate
 
 
 def new_candidates(spec: JobSpec) -> list[dict[str, Any]] | None:
-    """Returns the candidates of a sweep before their training; None if the job is no sweep."""
+    """Returns the candidates of a sweep before their training; None for a job without a sweep."""
     numbered = enumerate(spec.candidates, start=1)
     return to_rows([SweepCandidate(number=number, values=values) for number, values in numbered]) or None
 

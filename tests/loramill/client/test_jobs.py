@@ -100,7 +100,7 @@ PREFERENCES: dict[str, dict[str, object]] = {
     "kto": {"beta": 0.2, "desirable_weight": 2.0, "undesirable_weight": 0.5},
 }
 #: Options that are not fields of the spec.
-OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority", "executor"}
+OTHERS = {"epochs", "base", "metadata", "quantization", "start_from", "priority", "executor", "sweep"}
 
 
 def test_every_option_reaches_the_spec(gateway: RunningGateway, tenant: str) -> None:
@@ -136,6 +136,21 @@ def test_options_of_preference_tuning_reach_the_spec(gateway: RunningGateway, te
         assert [(point.train_loss, point.rewards) for point in client.jobs.metrics(job.id)] == [
             (0.25, each) for each in rewards
         ]
+
+
+def test_a_sweep_is_submitted_as_one_job(gateway: RunningGateway, tenant: str) -> None:
+    with gateway.client() as client:
+        valid = examples(3, "other")
+        job = client.jobs.submit(f"{tenant}/a", examples(), valid=valid, sweep={"rank": [4, 8], "dropout": [0.0, 0.1]})
+        assert [(each.number, each.values["rank"], each.values["dropout"]) for each in job.sweep] == [
+            (1, 4, 0.0),
+            (2, 4, 0.1),
+            (3, 8, 0.0),
+            (4, 8, 0.1),
+        ]
+        assert job.executor == "session" and client.jobs.get(job.id) == job
+        with pytest.raises(errors.InvalidRequest, match="validation file"):
+            client.jobs.submit(f"{tenant}/a", examples(), sweep={"rank": [4, 8]})
 
 
 def test_invalid_options_are_reported_together(gateway: RunningGateway, tenant: str) -> None:

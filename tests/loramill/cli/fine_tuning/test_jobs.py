@@ -46,6 +46,27 @@ def submitted(tenant: str, *arguments: str) -> str:
 # Submitting
 
 
+def test_a_sweep_is_shown_as_a_table(tenant: str, gateway: RunningGateway) -> None:
+    Path("valid.jsonl").write_bytes(examples(3, "other"))
+    sweep = ("--valid", "valid.jsonl", "--sweep", "learning-rate=1e-4,1e-3", "--sweep", "rank=4,8")
+    job_id = submitted(tenant, *sweep)
+    table = json_output("jobs", "show", job_id)["sweep"]
+    assert [(row["values"]["learning_rate"], row["values"]["rank"]) for row in table] == [
+        (1e-4, 4),
+        (1e-4, 8),
+        (1e-3, 4),
+        (1e-3, 8),
+    ]
+    lines = ok("jobs", "show", job_id).stdout.splitlines()
+    header = next(index for index, line in enumerate(lines) if line.startswith("CANDIDATE"))
+    assert lines[header].split()[1:4] == ["RANK", "ALPHA", "LEARNING_RATE"]
+    assert len(lines) == header + 5 and lines[-1].split()[-1] == "training"
+    assert (
+        "did you mean 'rank'"
+        in loramill("submit", f"{tenant}/a", "--train", "train.jsonl", "--sweep", "rnk=1,2").output
+    )
+
+
 def test_every_option_of_a_job_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = [name for names in PANELS.values() for name in names]
     assert sorted(listed) == sorted(JobOptions.model_fields)
