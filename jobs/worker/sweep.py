@@ -65,7 +65,11 @@ class _Sweep:
         self._worker, self._job, self._lease, self._background = worker, job, lease, background
         self._specs, self._candidates = job.spec.trained_specs, list(job.sweep)
         self._ladder = halving.rungs(len(self._specs), job.spec.steps)
-        self._context = replace(context, validated_steps=frozenset(rung.step for rung in self._ladder))
+        self._context = replace(
+            context,
+            validated_steps=frozenset(rung.step for rung in self._ladder),
+            raise_if_stopped=self._raise_if_stopped,
+        )
         self._decided = self._standing().decided
         self._progress: dict[int, TrainingProgress] = {}
         self._waiting: dict[int, tuple[int, Future[bool]]] = {}
@@ -88,6 +92,11 @@ class _Sweep:
             reasons = "; ".join(f"{each.number}: {each.error}" for each in self._candidates if each.error)
             raise JobError(f"No candidate of the sweep is left. Candidate {reasons}")
         return left[0]
+
+    def _raise_if_stopped(self) -> None:
+        self._lease.raise_if_stopped()
+        if self._error is not None:
+            raise JobPaused("The attempt ends, since another candidate can't be trained now.")
 
     def _candidate(self, index: int) -> Work[None]:
         """Trains a candidate until it is dropped or done. What fails it alone is recorded, and the others continue."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from loramill.errors import TrainingDiverged
+from loramill.errors import DiskFull, TrainingDiverged
+from loramill.jobs.train import checkpoint
 from loramill.jobs.train.loop import TrainingRun
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.session import run_jobs
@@ -163,6 +164,25 @@ def test_a_candidate_that_diverges_is_dropped_alone(
     assert [each.state for each in done.sweep if each.values["rank"] == 4] == ["failed", "failed"]
     assert {each.error for each in done.sweep} == {None, "loss nan"}
     assert sorted(each.state for each in done.sweep if each.values["rank"] == 5) == ["best", "dropped"]
+
+
+def test_an_error_of_the_store_ends_the_attempt_and_another_one_resumes(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failures = checkpoint.write, []
+
+    def full(folder: Path | str, spec: Any, data: Any) -> None:
+        if "candidate-2" in str(folder) and data.run_state.step == 8 and not failures:
+            failures.append(folder)
+            raise DiskFull("No space left.")
+        write(folder, spec, data)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    job = submit_sweep(environment, steps=32)
+    run_session(environment, job)
+    done = environment.now(job)
+    assert failures and (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
+    assert sorted(each.step for each in done.sweep) == [8, 8, 16, 32]
 
 
 def test_a_sweep_fails_once_all_candidates_have(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:

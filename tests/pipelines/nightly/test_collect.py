@@ -111,11 +111,14 @@ def test_the_next_job_keeps_train_on_if_it_was_chosen(
     registry: Registry, base: Base, train_on: str, expected: str
 ) -> None:
     """Older jobs have "last" by default, which no one chose."""
-    old = champion(registry, base).model_copy(update={"train_on": train_on, "rank": 4, "alpha": 32.0, "steps": 9})
+    sweep = {"candidates": ({"rank": 4}, {"rank": 8})}
+    changes = {"train_on": train_on, "rank": 4, "alpha": 32.0, "steps": 9, **sweep}
+    old = champion(registry, base).model_copy(update=changes)
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
     new = next_spec(old, "v", train, valid)
     assert (new.train_on, new.rank, new.alpha) == (expected, 4, 32.0)
+    assert new.candidates == ()  # the best candidate of a sweep is retrained, and no other
 
 
 def test_after_preference_tuning_new_answers_are_trained_without_the_preferences(
