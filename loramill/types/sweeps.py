@@ -18,7 +18,8 @@ class SweepCandidate(FrozenModel):
     values: dict[str, Any] = Field(description="The fields of the spec in which the candidates differ.")
     state: CandidateState = Field(
         default="training",
-        description="training; dropped (others had a lower validation loss); failed; or best, which is published.",
+        description="State: training; dropped, since others had a lower validation loss; failed; or best, which is the "
+        "one that is published.",
     )
     step: int = Field(default=0, description="Optimizer steps done.")
     trained_tokens: int = Field(default=0, description="Tokens trained on, prompts included.")
