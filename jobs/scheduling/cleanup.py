@@ -41,8 +41,8 @@ def clean_up(registry: Registry, checkpoints: Path | str, retention: RetentionPo
         LoramillError: the database or the artifact store can't be reached.
     """
     pruned = len(prune(registry, retention, now=now))
-    swept = registry.sweep(ARTIFACT_GRACE_SECONDS)
-    return pruned + swept + remove_ended_checkpoints(registry, checkpoints, retention, now=now)
+    unreferenced = registry.remove_unreferenced(ARTIFACT_GRACE_SECONDS)
+    return pruned + unreferenced + remove_ended_checkpoints(registry, checkpoints, retention, now=now)
 
 
 def remove_ended_checkpoints(

@@ -87,7 +87,7 @@ class Registry:
         if invalidate_caches:
             self.commit_token = object()
 
-    def sweep(self, older_than: float) -> int:
+    def remove_unreferenced(self, older_than: float) -> int:
         """Deletes unreferenced artifacts and leftovers of crashes.
 
         Args:
@@ -102,7 +102,7 @@ class Registry:
             known = {artifact for column in columns for artifact in session.scalars(select(column)) if artifact}
             lately = PrunedVersionRow.pruned_at > time.time() - PRUNED_GRACE_SECONDS
             known.update(session.scalars(select(PrunedVersionRow.version).where(lately)))
-        return self.artifacts.sweep(known, older_than)
+        return self.artifacts.remove_unreferenced(known, older_than)
 
     def close(self) -> None:
         """Closes the connections."""

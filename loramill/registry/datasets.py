@@ -78,7 +78,7 @@ def example_counts(session: Session, dataset_ids: Iterable[str]) -> dict[str, in
 
 
 def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None:
-    """Deletes a dataset; the next sweep deletes its content, unless another dataset has the same content.
+    """Deletes a dataset; the next clean-up deletes its content, unless another dataset has the same content.
 
     Raises:
         NotFound: there is no such dataset, or it is another tenant's.

@@ -1,6 +1,6 @@
 """Deleting adapters, versions and tenants, each in the caller's transaction and with everything that belongs to it.
 
-After the commit, nothing refers to what was deleted. Its content stays until the next sweep, or longer if another
+After the commit, nothing refers to what was deleted. Its content stays until the next clean-up, or longer if another
 version or dataset has the same content. Usage and audit rows are kept; those of a deleted tenant lose all names.
 """
 

@@ -57,7 +57,7 @@ class LocalArtifacts:
             _check(folder, Manifest.parse(file.read(), str(folder), artifact))
         return folder
 
-    def sweep(self, known: Collection[str], older_than: float) -> int:
+    def remove_unreferenced(self, known: Collection[str], older_than: float) -> int:
         """Deletes unknown artifacts and leftovers that are older than `older_than` seconds; returns their number."""
         before = time.time() - older_than
         discarded = [path for path in self._temporary.glob("*") if _is_old(path, before)]
@@ -86,7 +86,7 @@ class LocalArtifacts:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # The same content exists. It counts as new, so that a sweep does not delete it before it is recorded.
+            # The same content exists. It counts as new, so that a clean-up does not delete it before it is recorded.
             os.utime(final)
             shutil.rmtree(building)
         fsync(final.parent)

@@ -52,13 +52,13 @@ class RemoteArtifacts:
             self._download(artifact)
             return self._cache.fetch(artifact)
 
-    def sweep(self, known: Collection[str], older_than: float) -> int:
+    def remove_unreferenced(self, known: Collection[str], older_than: float) -> int:
         """Deletes artifacts that are not known and older than `older_than` seconds, also from this machine's cache.
 
         Returns:
             The number of artifacts that were deleted from the store.
         """
-        self._cache.sweep(known, older_than)
+        self._cache.remove_unreferenced(known, older_than)
         self._files.invalidate_cache()
         newest: defaultdict[str, float] = defaultdict(float)
         for path in self._files.find(self._root):

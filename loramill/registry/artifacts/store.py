@@ -121,7 +121,7 @@ class ArtifactStore:
         with self._translate_errors(artifact), self._backend.open(artifact, MANIFEST) as file:
             return Manifest.parse(file.read(), self._backend.location(artifact), artifact)
 
-    def sweep(self, known: Collection[str], older_than: float) -> int:
+    def remove_unreferenced(self, known: Collection[str], older_than: float) -> int:
         """Deletes artifacts that are not `known`, and leftovers of crashes.
 
         Args:
@@ -131,7 +131,7 @@ class ArtifactStore:
             The number of artifacts and leftovers that were deleted.
         """
         with self._translate_errors():
-            return self._backend.sweep(known, older_than)
+            return self._backend.remove_unreferenced(known, older_than)
 
     @contextmanager
     def _translate_errors(self, artifact: str | None = None) -> Iterator[None]:

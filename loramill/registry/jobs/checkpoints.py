@@ -95,7 +95,7 @@ def _drop_old_versions(session: Session, job_id: str) -> None:
 
 
 def _delete_unreferenced_version(session: Session, job_id: str, version: str) -> None:
-    """Deletes a version that only a checkpoint of this job refers to; the sweep deletes its artifact."""
+    """Deletes a version that only a checkpoint of this job refers to; the clean-up deletes its artifact."""
     elsewhere = or_(
         select(JobRow.id).where(JobRow.version == version).exists(),
         select(CheckpointRow.id).where(CheckpointRow.version == version).exists(),

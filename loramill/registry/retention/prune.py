@@ -1,4 +1,4 @@
-"""Removes the versions that retention no longer keeps; the clean-up's sweep then deletes their files.
+"""Removes the versions that retention no longer keeps; the clean-up then deletes their files.
 
 A version is removed from the database first. Its files stay for `PRUNED_GRACE_SECONDS`, so that a request or a job that
 began before can still load them; whenever a process is killed, no version is recorded whose files are gone.

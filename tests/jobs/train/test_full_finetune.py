@@ -333,5 +333,5 @@ def test_a_worker_publishes_both_results_without_a_resident_base(tiny_base_folde
     assert (registry.artifacts.fetch(done.version) / REPORT_FILE).is_file()
     PeftModel.from_pretrained(load_for_training(base, torch.bfloat16), registry.artifacts.fetch(done.version))
     AutoModelForCausalLM.from_pretrained(registry.artifacts.fetch(done.result))
-    assert registry.sweep(older_than=-1) == 0
+    assert registry.remove_unreferenced(older_than=-1) == 0
     registry.close()

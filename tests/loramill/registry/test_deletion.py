@@ -79,7 +79,7 @@ def test_an_adapter_is_deleted_with_its_own_rows_and_no_others(registry, make_sp
         for version in (first, second):
             with pytest.raises(NotFound):
                 adapters.get_version(session, version)
-    assert registry.sweep(older_than=-1) == 4
+    assert registry.remove_unreferenced(older_than=-1) == 4
 
 
 def test_artifacts_that_another_tenant_has_too_survive_the_sweep(registry, make_spec):
@@ -88,13 +88,13 @@ def test_artifacts_that_another_tenant_has_too_survive_the_sweep(registry, make_
     assert version == twin
     with registry.writing() as session:
         deletion.delete_tenant(session, "acme")
-    assert registry.sweep(older_than=-1) == 0
+    assert registry.remove_unreferenced(older_than=-1) == 0
     with registry.writing() as session:
         assert adapters.resolve(session, "globex/bot", "champion").id == version
     assert registry.artifacts.read(version, "a") == b"equal"
     with registry.writing() as session:
         deletion.delete_adapter(session, "globex/bot")
-    assert registry.sweep(older_than=-1) == 2
+    assert registry.remove_unreferenced(older_than=-1) == 2
 
 
 def test_an_open_job_is_named_or_cancelled(registry, make_spec):
@@ -154,7 +154,7 @@ def test_a_version_is_deleted_unless_an_alias_points_to_it(registry, make_spec):
         assert [row.version for row in checkpoints.list_checkpoints(session, first_job)] == [None]
         with pytest.raises(NotFound):
             deletion.delete_version(session, NAME, first)
-    assert registry.sweep(older_than=-1) == 2
+    assert registry.remove_unreferenced(older_than=-1) == 2
 
 
 def test_a_version_that_a_job_starts_from_is_kept(registry, make_spec):
@@ -364,5 +364,5 @@ def test_a_deletion_that_is_killed_has_changed_nothing(registry, make_spec, data
         deletion.delete_tenant(session, "acme")
     with registry.reading() as session:
         assert session.scalars(select(TenantRow)).all() == session.scalars(select(KeyRow)).all() == []
-    assert registry.artifacts.read(version, "a") == b"1"  # until the sweep
-    assert registry.sweep(older_than=-1) == 2
+    assert registry.artifacts.read(version, "a") == b"1"  # until the clean-up
+    assert registry.remove_unreferenced(older_than=-1) == 2

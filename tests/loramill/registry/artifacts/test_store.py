@@ -147,14 +147,14 @@ def test_an_upload_without_its_manifest_is_missing(remote):
     fsspec.filesystem("memory").rm(f"/artifacts/{artifact[:2]}/{artifact}/manifest.json")
     with pytest.raises(ArtifactMissing):
         remote.fetch(artifact)
-    assert remote.sweep((), 0) == 1
+    assert remote.remove_unreferenced((), 0) == 1
     assert fsspec.filesystem("memory").find("/artifacts") == []
 
 
 def test_sweep_removes_old_unreferenced_artifacts(store):
     referenced, unreferenced = store.put(FILES), store.put({"a": b"1"})
-    assert store.sweep({referenced}, older_than=60) == 0
-    assert store.sweep({referenced}, older_than=-1) == 1
+    assert store.remove_unreferenced({referenced}, older_than=60) == 0
+    assert store.remove_unreferenced({referenced}, older_than=-1) == 1
     assert contents(store.fetch(referenced)) == FILES
     with pytest.raises(ArtifactMissing):
         store.fetch(unreferenced)
@@ -164,11 +164,11 @@ def test_sweep_keeps_an_artifact_that_was_put_again(local):
     artifact = local.put(FILES)
     os.utime(local.fetch(artifact), (1, 1))
     local.put(FILES)
-    assert local.sweep((), older_than=60) == 0
+    assert local.remove_unreferenced((), older_than=60) == 0
 
 
 def test_sweep_of_an_empty_store(store):
-    assert store.sweep((), 0) == 0
+    assert store.remove_unreferenced((), 0) == 0
 
 
 def test_the_registry_sweeps_unrecorded_artifacts(tmp_path, registry: Registry, make_spec):
@@ -184,7 +184,7 @@ def test_the_registry_sweeps_unrecorded_artifacts(tmp_path, registry: Registry, 
         jobs.publish(session, job.id, 1, version, result=full_model)
         assert adapters.get(session, "acme/support").champion == result
         assert tenants.list_tenants(session)
-    assert registry.sweep(older_than=-1) == 1
+    assert registry.remove_unreferenced(older_than=-1) == 1
     for artifact in (data, result, full_model):
         registry.artifacts.fetch(artifact)
     with pytest.raises(ArtifactMissing):
@@ -266,6 +266,6 @@ def test_a_kill_in_the_middle_of_put_leaves_all_or_nothing(tmp_path):
         except ArtifactMissing:
             complete.append(False)
         assert store.put(files) == artifact
-        store.sweep({artifact}, older_than=-1)
+        store.remove_unreferenced({artifact}, older_than=-1)
         assert {path.parent.name for path in (tmp_path / str(point)).rglob("*") if path.is_file()} == {artifact}
     assert complete == sorted(complete) and 0 < sum(complete) < len(complete)

@@ -255,7 +255,7 @@ def test_checkpoints_are_pruned_and_keep_their_metrics(registry: Registry, make_
 
 def test_files_of_a_pruned_version_stay_for_an_hour(registry: Registry, versions: list[str]) -> None:
     run(registry)
-    assert registry.sweep(older_than=-1) == 0
+    assert registry.remove_unreferenced(older_than=-1) == 0
     assert registry.artifacts.read(versions[1], "a") == b"2"  # for a request that was admitted before
 
 
@@ -287,11 +287,11 @@ def test_a_kill_leaves_no_version_without_files(registry: Registry, versions: li
     killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert stored(registry) == set(versions)
-    assert registry.sweep(older_than=-1) == 0
+    assert registry.remove_unreferenced(older_than=-1) == 0
     run(registry)  # a kill after this leaves files without a version
     with registry.writing() as session:
         session.execute(update(PrunedVersionRow).values(pruned_at=time.time() - 3601))
-    assert registry.sweep(older_than=-1) == 2
+    assert registry.remove_unreferenced(older_than=-1) == 2
     for version in stored(registry):
         assert registry.artifacts.fetch(version)
 
