@@ -185,11 +185,12 @@ class JobSettings(_Section):
         default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="Maximum number of jobs that train at once."
     )
     per_session: int = Field(
-        default=1,
+        default=8,
         ge=1,
         le=1024,
         description="Maximum number of jobs that one session trains at once, by passes over the base that they share. "
-        "A session takes another job only while its passes have room, and its memory too, as far as that is known.",
+        "A session takes another job only while its passes have room, and its memory too, as far as that is known. On "
+        "a CPU it begins with one and trains more at once as long as others wait.",
     )
     pass_tokens: int | None = Field(
         default=None,

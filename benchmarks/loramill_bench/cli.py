@@ -77,7 +77,7 @@ def engine(only: Only = "", json: Json = None, check: Check = False, record: Rec
 
 @app.command()
 def train(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
-    """Measure training and the job queue on the built-in base with one thread (about twenty-five minutes).
+    """Measure training and the job queue on the built-in base with one thread per process (about an hour).
 
     Training speed is compared with PEFT and transformers' Trainer, and estimated memory with that of jobs, alone and in
     one session.

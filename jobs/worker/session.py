@@ -40,6 +40,9 @@ POLL_SECONDS = 0.25
 OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 #: Threads that read data and publish versions while passes run.
 BACKGROUND_THREADS = 2
+#: Number of jobs that a session which had none trains at once, by type of device; it doubles with each job that ends.
+#: On a CPU eight small jobs take 5.6 times as long as one of them: if no more wait, each is done sooner one by one.
+JOBS_AT_START = {"cpu": 1, "cuda": 1024}
 
 
 def run_jobs(
@@ -105,6 +108,7 @@ class _Session:
         self.stopping, self.ended = False, 0
         self._worker, self._driver, self._background, self._memory = worker, driver, background, memory
         self._jobs: dict[str, JobRecord] = {}
+        self._max_jobs = self._jobs_at_start = min(worker.settings.per_session, JOBS_AT_START[worker.device.type])
         self._idle_since, self._next_lease_at = time.monotonic(), 0.0
         self._settle_from, self._outage_pause = 0.0, OUTAGE_PAUSE_SECONDS
 
@@ -115,7 +119,7 @@ class _Session:
 
     def may_lease(self) -> bool:
         """Whether there is room for another job, and it is time to query the queue."""
-        room = len(self._jobs) < self._worker.settings.per_session and self._driver.has_room
+        room = len(self._jobs) < self._max_jobs and self._driver.has_room
         return room and not self.stopping and time.monotonic() >= self._next_lease_at
 
     def lease(self, should_stop: Callable[[float], bool], may_take_another: Callable[[], bool]) -> None:
@@ -136,6 +140,7 @@ class _Session:
             return
         if job is None:
             self._next_lease_at = now + POLL_SECONDS
+            self._max_jobs = self._max_jobs if self.has_jobs else self._jobs_at_start
         else:
             self._jobs[job.id] = job
             self._driver.start(job.id, job.tenant, self._attempt(job))
@@ -160,6 +165,7 @@ class _Session:
 
     def _end(self, ended: Ended[LoramillError | None]) -> None:
         del self._jobs[ended.name]
+        self._max_jobs = min(2 * self._max_jobs, self._worker.settings.per_session)
         if ended.error is not None:
             raise ended.error
         if ended.value is not None and not device_works(self._worker.device):

@@ -7,7 +7,7 @@ from functools import partial
 
 from loramill.models.catalog import Base
 from loramill_bench.results import Result, run_groups
-from loramill_bench.training import memory, queue, session_memory, shared_steps, throughput
+from loramill_bench.training import memory, queue, session_memory, shared_steps, small_jobs, throughput
 
 __all__ = ["BASELINES", "run"]
 
@@ -20,7 +20,7 @@ def run(
 ) -> list[Result]:
     """Measures training throughput, the job queue, and the error of memory estimates, on one thread in CPU time.
 
-    With SmolLM2-135M it takes about half an hour and 3 GB of memory.
+    With SmolLM2-135M it takes about an hour and 3 GB of memory.
 
     Args:
         base: The trained base, in bfloat16; transformers and PEFT load it too.
@@ -40,5 +40,6 @@ def run(
         "queue": partial(queue.results, report),
         "memory": partial(memory.results, report),
         "session memory": partial(session_memory.results, report),
+        "small jobs": partial(small_jobs.results, report),
     }
     return run_groups({**groups, **others}, only, report)

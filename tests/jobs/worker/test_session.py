@@ -18,6 +18,7 @@ from sqlalchemy import select, update
 
 from loramill.jobs.train.engine import engine as engine_module
 from loramill.jobs.train.engine.engine import TrainingEngine
+from loramill.jobs.worker import session as session_module
 from loramill.jobs.worker.admission import SessionMemory
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.session import run_jobs
@@ -31,6 +32,11 @@ from ...waiting import eventually, in_thread
 from ..environment import JobEnvironment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def many_jobs_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(session_module.JOBS_AT_START, "cpu", 4)
 
 
 @pytest.fixture
@@ -87,6 +93,16 @@ def test_a_session_takes_as_many_jobs_as_it_may(environment: JobEnvironment, pas
     assert run_session(environment, *queued) == 9
     assert max(passes) == 4
     assert {outcome(environment, job) for job in queued} == {(JobStatus.SUCCEEDED, 1)}
+
+
+def test_a_session_on_a_cpu_begins_with_one_job_and_doubles_their_number(
+    environment: JobEnvironment, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(session_module.JOBS_AT_START, "cpu", 1)
+    queued = [environment.submit(f"tenant{number}/a", steps=30) for number in range(7)]
+    assert run_session(environment, *queued) == 7
+    assert set(passes[:30]) == {1} and max(passes) == 4
+    assert [size for size, _ in itertools.groupby(itertools.accumulate(passes, max))] == [1, 2, 3, 4]
 
 
 def test_a_session_whose_passes_are_full_takes_no_further_job(
