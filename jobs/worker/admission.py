@@ -29,7 +29,8 @@ class SessionMemory:
 
     def fits(self, specs: Collection[JobSpec]) -> bool:
         """Whether these jobs fit together, with examples of any length that their specs allow."""
-        jobs = [SessionJob(spec, trained_elements(spec, self.base), _longest_row(spec)) for spec in specs]
+        trained = [each for spec in specs for each in spec.trained_specs]
+        jobs = [SessionJob(spec, trained_elements(spec, self.base), _longest_row(spec)) for spec in trained]
         needed = estimate_session(jobs, self.base, self.quantization, self.device, pass_tokens=self.pass_tokens)
         return needed.bytes <= self.bytes
 

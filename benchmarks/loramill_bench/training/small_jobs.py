@@ -38,7 +38,7 @@ from loramill_bench.kernels import Result
 from loramill_bench.training import session_memory
 from loramill_bench.training.throughput import random_examples
 
-#: Jobs per hour of shared sessions over those of sessions with one job at a time; the first result is no later.
+#: Jobs per hour of shared sessions over those of sessions of one job, and the time to the first result likewise.
 JOBS_PER_HOUR, FIRST_RESULT = 1.4, 1.0
 #: Memory of one session with eight jobs over that of eight sessions.
 SESSION_MEMORY = 0.35
