@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+from bisect import bisect_left
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 from loramill.errors import DiskFull, TrainingDiverged
 from loramill.jobs.train import checkpoint
 from loramill.jobs.train.loop import TrainingRun
+from loramill.jobs.worker.admission import SessionMemory, may_join
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import run_next_job
 from loramill.registry import jobs
 from loramill.registry.jobs import results
+from loramill.sizing import anatomy, find_config
 from loramill.types import JobRecord, JobStatus, SweepCandidate
 
 from ...waiting import eventually, in_thread
@@ -93,6 +97,18 @@ def test_candidates_share_a_session_with_other_jobs(tmp_path: Path, tiny_chat_ba
     alone = environment.submit("umbra/a", steps=12)
     assert run_next_job(environment.worker())
     assert environment.weights(environment.now(alone).version) == environment.weights(environment.now(other).version)
+
+
+def test_all_candidates_need_room_next_to_the_other_jobs(environment: JobEnvironment) -> None:
+    base = anatomy(find_config(environment.settings.base, environment.settings.cache))
+    sweep, other = submit_sweep(environment), environment.submit("umbra/a")
+    memory = partial(SessionMemory, base, "none", "cpu", pass_tokens=256)
+    specs = (*sweep.spec.trained_specs, other.spec)
+    fits = bisect_left(range(2**34), True, key=lambda size: memory(bytes=size).fits(specs))
+    assert may_join(sweep, [other], memory(bytes=fits)) and may_join(other, [sweep], memory(bytes=fits))
+    assert not may_join(sweep, [other], memory(bytes=fits - 1)) and memory(bytes=fits - 1).fits(
+        [sweep.spec, other.spec]
+    )
 
 
 def test_a_killed_sweep_resumes_and_decides_the_same(environment: JobEnvironment) -> None:
