@@ -36,16 +36,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(DATA)
 
-test: $(INSTALLED) lint types
+# Two at a time, in this order.
+test: $(INSTALLED)
 	.ci/postgres
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-units test-on-ray
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 types lint test-units test-on-ray
 
+# Without the test that lint runs.
 test-units: $(INSTALLED)
-	$(PYTEST) -m "not ray" --durations=30
+	$(PYTEST) -m "not ray" --ignore tests/test_wording.py --durations=30
 
-# Next to the others: these tests mostly wait for processes to start and end.
+# Next to the others: these tests mostly wait for processes to start and end. The paths save the import of all others.
 test-on-ray: $(INSTALLED)
-	$(BIN)/pytest -m ray --durations=10
+	$(BIN)/pytest -m ray tests/e2e $$(find tests -name "*_on_ray.py") --durations=10
 
 fast: $(INSTALLED)
 	$(PYTEST) -q -m "not (ray or postgres or compiler or slow)"
