@@ -8,7 +8,7 @@ from typing import Any, Generic
 
 from loramill.jobs.train.engine.engine import TrainingEngine
 from loramill.jobs.train.engine.parts import Part, T, Together, Work
-from loramill.jobs.train.engine.schedule import WaitingPart, choose_parts
+from loramill.jobs.train.engine.schedule import WaitingPart, choose_parts, level_served
 
 
 @dataclass(slots=True)
@@ -50,8 +50,8 @@ class Ended(Generic[T]):
 class Driver(Generic[T]):
     """Runs the work of clients until each has ended, in one thread.
 
-    A pass takes parts of the clients that wait for one, the tenant first that was served the fewest tokens; no client
-    waits for another's step to be complete.
+    A pass takes parts of the clients that wait for one, the tenant first that was served the fewest tokens since it
+    began to wait for passes; no client waits for another's step to be complete.
 
     Args:
         pass_tokens: maximum tokens of a pass with several parts. If one runs out of memory, the limit drops to half of
@@ -85,13 +85,6 @@ class Driver(Generic[T]):
 
     def start(self, name: str, tenant: str, work: Work[T]) -> None:
         """Starts a client's work, up to the first pass that it needs."""
-        # Only tenants that are active together are compared: one that joins starts level with the least served.
-        if not self._waiting:
-            self._served.clear()
-        active = [self._served[client.tenant] for client in self._waiting.values()]
-        if active and not any(client.tenant == tenant for client in self._waiting.values()):
-            self._served[tenant] = max(self._served.get(tenant, 0), min(active))
-        self._served.setdefault(tenant, 0)
         self._advance(_Client(name, tenant, work), None)
 
     def run_pass(self, timeout_seconds: float) -> list[Ended[T]]:
@@ -117,7 +110,8 @@ class Driver(Generic[T]):
         self._groups.clear()
 
     def _run(self, waiting: list[str]) -> None:
-        described = [_described(self._waiting[name].tenant, self._part(name), self._engine) for name in waiting]
+        described = [_waiting_part(self._waiting[name].tenant, self._part(name), self._engine) for name in waiting]
+        self._served = level_served(self._served, {part.tenant for part in described})
         names = [waiting[index] for index in choose_parts(described, self._served, self._pass_tokens)]
         parts = [self._part(name) for name in names]
         results = self._engine.run(parts)
@@ -176,6 +170,6 @@ class Driver(Generic[T]):
             self._advance(group.client, [group.outcomes[each] for each in range(group.size)])
 
 
-def _described(tenant: str, part: Part, engine: TrainingEngine) -> WaitingPart:
+def _waiting_part(tenant: str, part: Part, engine: TrainingEngine) -> WaitingPart:
     alone = part.backward is not None or not engine.shares_passes
     return WaitingPart(tenant, part.tokens, part.training, alone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +21,19 @@ class WaitingPart:
     tokens: int
     training: bool
     alone: bool = False
+
+
+def level_served(served: Mapping[str, int], waiting: Collection[str]) -> dict[str, int]:
+    """The tokens served to the tenants that wait for a pass, each of which starts level with the least served.
+
+    A tenant that waited for none has no claim to the passes meanwhile, and one that left is forgotten.
+
+    Args:
+        served: of the tenants that waited for the pass before.
+        waiting: tenants that wait for the next pass.
+    """
+    least = min((served[tenant] for tenant in waiting if tenant in served), default=0)
+    return {tenant: served.get(tenant, least) for tenant in waiting}
 
 
 def choose_parts(waiting: Sequence[WaitingPart], served: dict[str, int], max_tokens: int) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.jobs.train.engine.schedule import WaitingPart, choose_parts
+from loramill.jobs.train.engine.schedule import WaitingPart, choose_parts, level_served
 
 
 def training(tenant: str, tokens: int) -> WaitingPart:
@@ -30,6 +30,22 @@ def training(tenant: str, tokens: int) -> WaitingPart:
 )
 def test_the_parts_of_the_next_pass(waiting: list[WaitingPart], served: dict[str, int], expected: list[int]) -> None:
     assert choose_parts(waiting, served, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("served", "waiting", "expected"),
+    [
+        ({}, {"a", "b"}, {"a": 0, "b": 0}),
+        ({"a": 500, "b": 400}, {"a", "b"}, {"a": 500, "b": 400}),
+        ({"a": 500, "b": 400}, {"a", "b", "c"}, {"a": 500, "b": 400, "c": 400}),  # c joins, or waited for data
+        ({"a": 500, "b": 400}, {"a"}, {"a": 500}),  # b left
+        ({"b": 400}, {"a"}, {"a": 0}),
+    ],
+)
+def test_tenants_that_wait_for_passes_again_start_level(
+    served: dict[str, int], waiting: set[str], expected: dict[str, int]
+) -> None:
+    assert level_served(served, waiting) == expected
 
 
 parts = st.builds(
