@@ -19,28 +19,30 @@ class RetentionPolicy(FrozenModel):
     keep_versions: int | None = Field(
         default=None,
         ge=1,
-        description="Number of an adapter's newest versions that are kept at any age. Unset: with version_days, none; "
-        "otherwise all.",
+        description="Number of an adapter's newest versions that are kept at any age. If it is unset, version_days "
+        "alone decides.",
     )
     version_days: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Age in days from which versions are removed. Unset: with keep_versions, 0; otherwise never.",
+        description="Age in days from which versions are removed. If it is unset, keep_versions alone "
+        "decides; if both are, no version is removed.",
     )
     keep_checkpoints: int | None = Field(
         default=None,
         ge=1,
         le=3,
-        description="Number of a job's newest checkpoints that are kept as versions at any age. Unset: with "
-        "checkpoint_days, none; otherwise 3, of which a job never has more.",
+        description="Number of a job's newest checkpoints that are kept as versions at any age; a job has "
+        "three at most. If it is unset, checkpoint_days alone decides.",
     )
     checkpoint_days: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
         description="Age in days from which checkpoints' versions, and the training states of failed jobs, are "
-        "removed. Unset: with keep_checkpoints, 0 for versions; otherwise never; training states after 7 days.",
+        "removed. If it is unset, keep_checkpoints alone decides about versions, and training states are removed after "
+        "7 days.",
     )
 
 
