@@ -1,7 +1,9 @@
 """Successive halving: which candidates of a sweep train on, and to which step. A pure decision.
 
 All candidates train to the first rung. Half of them, those of the lowest validation loss, train on to the next rung at
-twice as many steps, and so on, until one trains to the end (Jamieson and Talwalkar 2016, with eta = 2).
+twice as many steps, and so on (Jamieson and Talwalkar 2016, with eta = 2). The last two train to the end: a high
+learning rate leads for long, until the other's loss falls below (clinc-travel, 40 steps, 1e-3 and 3e-3: 0.165 and 0.114
+after half of the steps, 0.059 and 0.098 after three quarters).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Standing:
 
 
 def rungs(candidates: int, steps: int) -> tuple[Rung, ...]:
-    """The rungs of a sweep. Of eight candidates, 8 train to steps / 8, 4 to steps / 4, 2 to steps / 2, and 1 to steps.
+    """The rungs of a sweep. Of eight candidates, 8 train to steps / 8, 4 to steps / 4, and 2 to the end.
 
     Args:
         candidates: number of candidates, at least 1.
@@ -52,10 +54,10 @@ def rungs(candidates: int, steps: int) -> tuple[Rung, ...]:
     """
     halvings = (candidates - 1).bit_length()
     by_step: dict[int, Rung] = {}
-    for number in range(halvings + 1):
+    for number in range(halvings - 1):
         step = -(-steps // 2 ** (halvings - number))
         by_step[step] = Rung(step, -(-candidates // 2 ** (number + 1)))
-    return tuple(by_step.values())
+    return (*(rung for rung in by_step.values() if rung.step < steps), Rung(steps, 1))
 
 
 def trained_steps(candidates: int, steps: int) -> int:

@@ -45,7 +45,7 @@ def may_join(job: JobRecord, others: Collection[JobRecord], memory: SessionMemor
         return True
     if any(_needs_session(each) for each in (job, *others)):
         return False
-    return memory is None or memory.fits([spec for each in (*others, job) for spec in each.spec.trained_specs])
+    return memory is None or memory.fits([each.spec for each in (*others, job)])
 
 
 def _needs_session(job: JobRecord) -> bool:

@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress, location: Path | str | None = None) -> None:
+def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress) -> None:
     """Publishes the last checkpoint as a version that can be used by its name; no alias moves.
-
-    Args:
-        location: of the checkpoints, if it is not the job's.
 
     Raises:
         LeaseLost: another worker has the job.
@@ -34,7 +31,7 @@ def checkpoint(worker: Worker, job: JobRecord, progress: TrainingProgress, locat
     """
     artifact = None
     if job.spec.method != "full":  # a LoRA would have to be extracted for each checkpoint
-        location = location or worker.checkpoint_location(job)
+        location = worker.checkpoint_location(job)
         artifact = _store(worker, job, export_adapter(location, job.spec, base=worker.base.name, best=False))
 
     def add() -> None:

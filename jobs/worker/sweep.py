@@ -110,8 +110,8 @@ class _Sweep:
 
     def _train(self, index: int) -> Work[bool]:
         """Trains a candidate from its last checkpoint; returns whether it was kept to the end."""
-        worker, job, spec, location = self._worker, self._job, self._specs[index], self.location(index)
-        record, run_name = job.model_copy(update={"spec": spec}), f"{job.id}-{index + 1}"
+        worker, spec, location = self._worker, self._specs[index], self.location(index)
+        run_name = f"{self._job.id}-{index + 1}"
         with (
             open_loggers(worker.settings.loggers, run=run_name, spec=spec, folder=worker.logs) as log_progress,
             open_run(worker.model(), replace(self._context, spec=spec, checkpoints=location)) as run,
@@ -122,8 +122,6 @@ class _Sweep:
                     progress = yield from run.advance()
                     self._report(index, progress, run.state)
                     log_progress(progress)
-                    if progress.valid_loss is not None and len(self._standing().live) == 1:
-                        publish.checkpoint(worker, record, progress, location)
                 if not (yield self._arrive(index, number, run.state)):
                     return False
         return True
@@ -210,7 +208,7 @@ class _Sweep:
         """Writes what is decided; runs in a thread."""
         self._lease.flush()
         step, live = self._ladder[standing.decided - 1].step, [self._candidates[index] for index in standing.live]
-        message = f"Step {step}: {len(live)} of {len(self._candidates)} candidates train on, {_described(live)}."
+        message = f"Step {step}: of {len(self._candidates)} candidates, these train on: {_described(live)}."
         if standing.decided == len(self._ladder):
             message = f"The best of {len(self._candidates)} candidates is {_described(live)}."
 

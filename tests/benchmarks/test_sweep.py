@@ -17,9 +17,9 @@ __all__ = ["tiny_chat_base"]
 
 
 @pytest.fixture(autouse=True)
-def two_small_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "TENANTS", ("first", "second"))
-    monkeypatch.setattr(sweep, "SWEEP", {"learning_rate": [1e-5, 1e-2]})
+    monkeypatch.setattr(sweep, "SWEEP", {"learning_rate": [1e-5, 1e-2], "rank": [2, 4]})
 
 
 def test_a_sweep_is_compared_with_whole_trainings(tiny_chat_base: Path, tmp_path: Path) -> None:
@@ -30,12 +30,13 @@ def test_a_sweep_is_compared_with_whole_trainings(tiny_chat_base: Path, tmp_path
     groups: list[str] = []
     threads = torch.get_num_threads()
     try:
-        found = sweep.run(base_of(tiny_chat_base, tmp_path), tmp_path, "second", groups.append, steps=4)
+        found = sweep.run(base_of(tiny_chat_base, tmp_path), tmp_path, "second", groups.append, steps=8)
     finally:
         torch.set_num_threads(threads)
     assert groups == ["sweep second"]
     tokens, seconds, loss = found[:3]
-    assert tokens.case == "sweep second, 2 x 4 steps: tokens" and tokens.value == pytest.approx(0.75, abs=0.05)
+    # Half of four candidates are dropped after a quarter of the steps.
+    assert tokens.case == "sweep second, 4 x 8 steps: tokens" and tokens.value == pytest.approx(0.625, abs=0.05)
     assert seconds.value > 0 and (seconds.target, loss.target) == (0.45, 1.01)
     assert loss.met is True
 
