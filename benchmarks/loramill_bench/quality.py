@@ -14,6 +14,7 @@ from loramill.pipelines.compare.run import run_task
 from loramill.pipelines.compare.types import TITLES, Task, Tuning
 from loramill.settings import Settings
 from loramill_bench.results import Result, run_groups
+from loramill_bench.shared_quality import train_and_score
 
 Metric = Literal["exact_match", "rouge_l"]
 
@@ -60,6 +61,7 @@ def run(tenants: Path, settings: Settings, only: str, report: Callable[[str], ob
             for tenant in TARGETS
             for method in ("lora", *ALLOWED_LOSS_POINTS)
         }
+        groups["together"] = partial(_results_together, tenants, Path(folder), settings, report)
         return run_groups(groups, only, report)
 
 
@@ -75,10 +77,30 @@ def _results(score: Score, tenant: str, method: Tuning) -> list[Result]:
     ]
 
 
+def _results_together(tenants: Path, folder: Path, settings: Settings, report: Callable[[str], object]) -> list[Result]:
+    """All tenants' adapters, trained by shared passes."""
+    tasks = {tenant: _task(tenants, folder / "together", settings, tenant, "lora") for tenant in TARGETS}
+    for task in tasks.values():
+        task.folder.mkdir(parents=True)
+    scores = train_and_score(tasks, report)
+    return [
+        Result(f"{tenant} together: {metric.replace('_', ' ')}", getattr(scores[tenant], metric), "", target, "higher")
+        for tenant, (metric, target) in TARGETS.items()
+    ]
+
+
 def _score(tenants: Path, folder: Path, settings: Settings, tenant: str, method: Tuning) -> float:
     """Trains with a method, and returns its score on the tenant's test questions."""
+    row = run_task(_task(tenants, folder, settings, tenant, method))
+    if row.quality is None:
+        raise JobError(f"{TITLES[method]} on {tenant}: {row.error}")
+    score: float = getattr(row.quality, TARGETS[tenant][0])
+    return score
+
+
+def _task(tenants: Path, folder: Path, settings: Settings, tenant: str, method: Tuning) -> Task:
     train, valid, test = (tenants / tenant / f"{file}.jsonl" for file in _FILES)
-    task = Task(
+    return Task(
         subject=method,
         base=NAME,
         cache=settings.cache,
@@ -89,8 +111,3 @@ def _score(tenants: Path, folder: Path, settings: Settings, tenant: str, method:
         threads=settings.jobs.threads,
         serving=False,
     )
-    row = run_task(task)
-    if row.quality is None:
-        raise JobError(f"{TITLES[method]} on {tenant}: {row.error}")
-    score: float = getattr(row.quality, TARGETS[tenant][0])
-    return score

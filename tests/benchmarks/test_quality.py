@@ -40,7 +40,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
         scores = (0.01, value) if tenant == "e2e-restaurants" else (value, 0.01)
         return ComparisonRow(subject=task.subject, quality=Score(200, scores[0], 0.02, scores[1]))
 
+    def together(tasks: dict[str, Task], report) -> dict[str, Score]:
+        assert {task.subject for task in tasks.values()} == {"lora"}
+        return {tenant: Score(200, LORA[tenant], 0.02, 0.37) for tenant in tasks}
+
     monkeypatch.setattr(quality, "run_task", run)
+    monkeypatch.setattr(quality, "train_and_score", together)
     return tasks
 
 
@@ -62,6 +67,13 @@ def test_all_defaults_are_trained_once_and_compared_with_the_targets(tenants: Pa
     assert found["clinc-travel dora: above LoRA"].met is True
     assert found["clinc-travel adalora: above LoRA"].met is False
     assert found["clinc-travel adalora: exact match"].met is None
+    together = {name: each.met for name, each in found.items() if "together" in name}
+    assert together == {
+        "clinc-travel together: exact match": True,
+        "clinc-banking together: exact match": False,
+        "sgd-hotels1 together: exact match": True,
+        "e2e-restaurants together: rouge l": False,
+    }
 
 
 def test_a_method_with_a_target_relative_to_lora_trains_lora_too(tenants: Path, trained: list[Task]) -> None:
