@@ -156,7 +156,7 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, parts: Sequence[Pa
     if _is_varlen(base):
         attended = {"attention_mask": None, "row_layout": attention.VarlenLayout.of(parts, base.device)}
     elif shares_passes(base):
-        attended = {"attention_mask": None, "row_layout": attention.PartsLayout(parts)}
+        attended = {"attention_mask": None, "row_layout": attention.PartsLayout(parts, base.dtype == torch.bfloat16)}
     else:
         [rows] = parts
         tokens, positions = rows.tokens, rows.positions

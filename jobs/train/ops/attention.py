@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -30,73 +31,120 @@ PARTS_NAME = "loramill_parts"
 VARLEN_NAMES = {False: "loramill_varlen", True: "loramill_varlen_deterministic"}
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(scale Q K^T + mask) V, heads that share keys together: half the time of transformers' eager code."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        rows, heads, tokens, width = query.shape
-        q = (query * scale).reshape(rows, key.shape[1], -1, width)
-        scores = q @ key.transpose(2, 3)
-        scores.view(rows, heads, tokens, -1).add_(mask)
-        shares = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, key, value, shares)
-        ctx.scale, ctx.shape = scale, query.shape
-        return (shares @ value).view(query.shape)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, key, value, shares = ctx.saved_tensors
-        d_out = d_out.reshape(q.shape)
-        d_value = shares.transpose(2, 3) @ d_out
-        d_shares = d_out @ value.transpose(2, 3)
-        d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
-        d_query = (d_scores @ key).mul_(ctx.scale).view(ctx.shape)
-        return d_query, d_scores.transpose(2, 3) @ q, d_value, None, None
-
-
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention with the interface of transformers, for layers without attention dropout.
-
-    Args:
-        query: [rows, heads, tokens, d]; key and value are [rows, kv_heads, seen, d], of a prefix and these tokens.
-        attention_mask: added to the scores, [rows, 1, tokens, seen].
-
-    Returns:
-        The output [rows, tokens, heads, d], and None for the attention weights.
-    """
-    out: torch.Tensor = _Attention.apply(query, key, value, attention_mask, scaling)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2).contiguous(), None
-
-
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Neighboring parts of one shape, which are computed together.
+
+    Attributes:
+        first, stop: numbers of the first part, and of the one after the last.
+        start: the first part's first token among those of the pass.
+        rows, width: shape of the parts' tokens, the rows of all.
+    """
+
+    first: int
+    stop: int
+    start: int
+    rows: int
+    width: int
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """Their tokens of [1, heads, tokens, d], as [rows, heads, width, d]."""
+        own = whole[0, :, self.start : self.start + self.rows * self.width]
+        return own.view(len(own), self.rows, self.width, -1).transpose(0, 1)
+
+    def put(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Writes their [rows, kv_heads, heads of one * width, d] to [tokens, heads, d]."""
+        place = whole[self.start : self.start + self.rows * self.width].view(self.rows, self.width, *whole.shape[1:])
+        place.copy_(own.reshape(self.rows, -1, self.width, own.shape[-1]).transpose(1, 2))
+
+
+@dataclass(frozen=True)
 class PartsLayout:
     """The parts of a pass, whose tokens follow one another, row after row, in one row.
 
     Attributes:
         parts: the rows of each part.
-        masks: what is added to the scores of a part, [R, 1, T, T], by number of the part and window.
+        together: whether neighboring parts of one shape are computed by one batch of products. In bfloat16, oneDNN
+            gives a product the same bits in any batch; in float32, MKL does not.
+        masks: what is added to the scores of a group, [rows, 1, width, width], by its first part and the window.
     """
 
     parts: Sequence[PackedRows]
+    together: bool = False
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The mask of a part: 0 where a token attends to another, else -inf."""
-        key = number, window
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The parts in groups."""
+        groups, number, start = [], 0, 0
+        shapes = ((part.tokens.shape, 0 if self.together else index) for index, part in enumerate(self.parts))
+        for (shape, _), equal in groupby(shapes):
+            count = len(list(equal))
+            groups.append(Group(number, number + count, start, count * shape[0], shape[1]))
+            number, start = number + count, start + count * shape.numel()
+        return tuple(groups)
+
+    @cached_property
+    def singles(self) -> tuple[PartsLayout, ...]:
+        """The layout of each part by itself."""
+        return tuple(PartsLayout([part]) for part in self.parts)
+
+    def mask(self, group: Group, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The mask of a group: 0 where a token attends to another, else -inf."""
+        key = group.first, window
         if key not in self.masks:
-            self.masks[key] = self.parts[number].added_mask(window, dtype).to(device)
+            parts = self.parts[group.first : group.stop]
+            self.masks[key] = torch.cat([part.added_mask(window, dtype) for part in parts]).to(device)
         return self.masks[key]
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scale Q K^T + mask) V, heads that share keys together: half the time of transformers' eager code.
+
+    It computes all parts of a pass, so that autograd does not make and add one gradient of all tokens per part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: PartsLayout,
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor:
+        scaled, groups = query * scale, layout.groups
+        saved: list[torch.Tensor] = []
+        out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        for group in groups:
+            k, v = group.take(key), group.take(value)
+            q = group.take(scaled).reshape(len(k), k.shape[1], -1, k.shape[3])
+            scores = q @ k.transpose(2, 3)
+            mask = layout.mask(group, window, q.dtype, q.device)
+            scores.view(len(k), -1, group.width, group.width).add_(mask)
+            shares = torch.softmax(scores, -1)
+            group.put(out, shares @ v)
+            saved += (q, k, v, shares)
+        ctx.save_for_backward(*saved)
+        ctx.groups, ctx.scale = groups, scale
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _, tokens, heads, width = d_out.shape
+        saved = ctx.saved_tensors
+        kv_heads = saved[1].shape[1]
+        d_query, d_key, d_value = (d_out.new_empty(tokens, n, width) for n in (heads, kv_heads, kv_heads))
+        for number, group in enumerate(ctx.groups):
+            q, k, v, shares = saved[4 * number : 4 * number + 4]
+            back = group.take(d_out.transpose(1, 2)).reshape(q.shape)
+            group.put(d_value, shares.transpose(2, 3) @ back)
+            d_scores = torch._softmax_backward_data(back @ v.transpose(2, 3), shares, -1, shares.dtype)
+            group.put(d_query, d_scores @ k)
+            group.put(d_key, d_scores.transpose(2, 3) @ q)
+        gradients = (d_query.mul_(ctx.scale), d_key, d_value)
+        return *(each.transpose(0, 1)[None] for each in gradients), None, None, None
 
 
 def attend_parts(
@@ -123,23 +171,25 @@ def attend_parts(
     Returns:
         The output [1, tokens, heads, d], and None for the attention weights.
     """
-    pieces, start = [], 0
-    for number, part in enumerate(row_layout.parts):
-        shape = part.tokens.shape
-        stop = start + shape.numel()
-        q, k, v = (
-            each[0, :, start:stop].view(-1, *shape, each.shape[-1]).transpose(0, 1) for each in (query, key, value)
-        )
-        mask = row_layout.mask(number, sliding_window, query.dtype, query.device)
-        if softcap is None and shape[1] <= MAX_EAGER_TOKENS:
-            out, _ = attend(module, q, k, v, mask, scaling)
+
+    def plainly(layout: PartsLayout, *inputs: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Attention.apply(*inputs, layout, sliding_window, scaling)  # type: ignore[no-untyped-call]
+        return out
+
+    if softcap is None and max(group.width for group in row_layout.groups) <= MAX_EAGER_TOKENS:
+        return plainly(row_layout, query, key, value), None
+    theirs = partial(_transformers_attention(module, softcap), module, scaling=scaling, softcap=softcap, **more)
+    outputs = []
+    sizes = [part.tokens.numel() for part in row_layout.parts]
+    pieces = zip(*(torch.split(each, sizes, dim=2) for each in (query, key, value)), strict=True)
+    for layout, own in zip(row_layout.singles, pieces, strict=True):
+        [group] = layout.groups
+        if softcap is None and group.width <= MAX_EAGER_TOKENS:
+            outputs.append(plainly(layout, *own))
         else:
-            out, _ = _transformers_attention(module, softcap)(
-                module, q, k, v, mask, scaling=scaling, softcap=softcap, **more
-            )
-        pieces.append(out.flatten(0, 1))
-        start = stop
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+            mask = layout.mask(group, sliding_window, query.dtype, query.device)
+            outputs.append(theirs(*map(group.take, own), mask)[0].flatten(0, 1)[None])
+    return torch.cat(outputs, dim=1), None
 
 
 def _transformers_attention(module: nn.Module, softcap: float | None) -> Callable[..., tuple[torch.Tensor, Any]]:

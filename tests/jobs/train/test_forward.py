@@ -36,7 +36,7 @@ from loramill.jobs.train.forward import (
     shares_passes,
 )
 from loramill.jobs.train.ops import attention
-from loramill.jobs.train.ops.attention import VARLEN_NAMES, VarlenLayout, attend, attend_varlen
+from loramill.jobs.train.ops.attention import VARLEN_NAMES, PartsLayout, VarlenLayout, attend_parts, attend_varlen
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.jobs.train.ops.norm import rms_norm
 from loramill.kernels.attention import varlen
@@ -69,7 +69,11 @@ def test_attention_equals_eager_attention(dtype: torch.dtype, heads: int, kv_hea
     mask = torch.zeros(rows, 1, tokens, tokens).masked_fill(~attended, -math.inf)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
     theirs, _ = eager_attention_forward(module, *exact, mask, width**-0.5)  # type: ignore[arg-type]
-    ours, _ = attend(module, *inputs, mask.to(dtype), scaling=width**-0.5)  # type: ignore[arg-type]
+    part = SimpleNamespace(tokens=torch.zeros(rows, tokens))
+    layout = PartsLayout([part], masks={(0, None): mask.to(dtype)})  # type: ignore[list-item]
+    flat = [each.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for each in inputs]
+    ours, _ = attend_parts(module, *flat, None, width**-0.5, row_layout=layout)  # type: ignore[arg-type]
+    ours = ours.view(rows, tokens, heads, width)
     near(ours, theirs, dtype)
     back = torch.randn(theirs.shape, generator=generator)
     gradients = torch.autograd.grad(theirs, exact, back)
