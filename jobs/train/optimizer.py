@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from loramill.jobs.train.distributed import ProcessGroup
 
@@ -98,12 +98,14 @@ class AdamW:
 
     def step(self, learning_rate: float) -> float:
         self._process_group.add_gradients(self._weights.values())
-        norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), self._max_norm).item()
-        if math.isfinite(norm):
+        norm = get_total_norm([each.grad for each in self._weights.values() if each.grad is not None])
+        if norm + 1e-6 > self._max_norm:  # as torch's clipping, which would multiply by 1
+            clip_grads_with_norm_(self._weights.values(), self._max_norm, norm)
+        if norm.isfinite():
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate * group["factor"]
             self._optimizer.step()
-        return norm
+        return norm.item()
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad()
