@@ -58,6 +58,14 @@ class Batch:
         return cls(rows, tuple(runs))
 
     @cached_property
+    def rows_of_slots(self) -> dict[Slot, tuple[slice, ...]]:
+        """The rows of each slot, in the order of the slots' first rows."""
+        rows: dict[Slot, tuple[slice, ...]] = {}
+        for run in self.runs:
+            rows[run.slot] = (*rows.get(run.slot, ()), run.rows)
+        return rows
+
+    @cached_property
     def segments(self) -> NDArray[np.int32]:
         """The runs as int32 [runs, 3]: slot index, first row, row after the last."""
         numbers = [(run.slot.index, run.rows.start, run.rows.stop) for run in self.runs]

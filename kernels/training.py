@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,15 +14,12 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from loramill.errors import AdapterInvalid, EngineFault
+from loramill.kernels import backend
+from loramill.kernels.adapter_rows import DROPOUT_STEPS, AdapterRows, Frozen
+from loramill.kernels.adapter_rows import dense as _dense
 from loramill.kernels.batch import Batch, Slot
-
-#: A frozen weight [d_out, d_in], or a function that returns it if it is stored in another form. The function is called
-#: once in the forward and once in the backward pass; its result is not kept. For a bitsandbytes `Params4bit` (NF4) it
-#: is `functools.partial(bitsandbytes.functional.dequantize_4bit, weight.data, weight.quant_state)`.
-Frozen = torch.Tensor | Callable[[], torch.Tensor]
-
-#: Dropout compares 16 random bits per element, so its probability is rounded to multiples of 1 / DROPOUT_STEPS.
-DROPOUT_STEPS = 2**16
+from loramill.kernels.cpu.native import Native
+from loramill.kernels.cpu.training_lora import native_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,8 @@ class Trainable:
         scale: Factor of the delta: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
         dropout: Probability that an element of x is dropped for the adapter, rounded to multiples of 1 / DROPOUT_STEPS.
         seed: Seed of the dropout; see `dropout_seed`.
-        cast: a and b in the dtype in which the adapter computes, if that is not their own. Gradients are computed in
-            that dtype and returned in a's. One cast serves all passes until a and b change.
+        dtype: In which the adapter computes; None: a's. Gradients are computed in that dtype and returned in a's.
+        cast: a and b in that dtype. One cast serves all passes until a and b change; without one, each pass casts.
     """
 
     a: torch.Tensor
@@ -43,7 +41,20 @@ class Trainable:
     scale: float
     dropout: float = 0.0
     seed: int = 0
+    dtype: torch.dtype | None = None
     cast: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype in which the adapter computes."""
+        return self.cast[0].dtype if self.cast is not None else self.dtype or self.a.dtype
+
+    def computed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns a and b in the dtype in which the adapter computes."""
+        if self.cast is not None or self.computes_in == self.a.dtype:
+            return self.cast or (self.a, self.b)
+        with torch.no_grad():
+            return self.a.to(self.computes_in), self.b.to(self.computes_in)
 
 
 def dropout_seed(adapter: str, step: int, site: str) -> int:
@@ -97,70 +108,38 @@ def grouped_lora(
     with torch.no_grad():
         dense = _dense(base)
     _check_base(x, dense, bias, batch)
-    rows: dict[Slot, list[slice]] = {}
-    for run in batch.runs:
-        if run.slot in adapters:
-            rows.setdefault(run.slot, []).append(run.rows)
-    parts: list[_Part] = []
+    chosen = [(adapters[slot], slot, own) for slot, own in batch.rows_of_slots.items() if slot in adapters]
+    library = _library_for(x, [adapter for adapter, _, _ in chosen])
+    parts: list[AdapterRows] = []
     weights: list[torch.Tensor] = []
-    for slot, own in rows.items():
-        adapter = adapters[slot]
+    for adapter, slot, own in chosen:
         _check_adapter(slot, adapter, dense)
         dropped = round(adapter.dropout * DROPOUT_STEPS)
-        scale = adapter.scale / (1 - dropped / DROPOUT_STEPS)
-        parts.append(_Part(tuple(own), scale, dropped, adapter.seed))
-        weights += (adapter.a, adapter.b, *(adapter.cast or (adapter.a, adapter.b)))
+        parts.append(AdapterRows(own, adapter.scale / (1 - dropped / DROPOUT_STEPS), dropped, adapter.seed))
+        weights += (adapter.a, adapter.b) if library else (adapter.a, adapter.b, *adapter.computed())
+    if library is not None:
+        return native_lora(library, x, dense, base, bias, parts, weights)
     y: torch.Tensor = _GroupedLora.apply(x, dense, base, bias, parts, *weights)  # type: ignore[no-untyped-call]
     return y
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """An adapter's rows of a batch, and its parameters that are not tensors.
+def native_library(device: torch.device, dtype: torch.dtype) -> CDLL | None:
+    """Returns the native kernels that compute training's operations: on a CPU, in bfloat16; or None.
 
-    Attributes:
-        rows: Its rows.
-        scale: Includes the dropout's 1 / (1 - p): every product with the masked x or its gradient also has the scale
-            as a factor.
-        dropped: The dropout probability in units of 1 / DROPOUT_STEPS.
-        seed: Of the dropout.
+    They round an adapter's float32 weights as they read them: adapters need no casts then.
     """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    kernels = backend("cpu")
+    return kernels.training_library(dtype) if isinstance(kernels, Native) else None
 
-    rows: tuple[slice, ...]
-    scale: float
-    dropped: int
-    seed: int
 
-    def take(self, whole: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Its rows of `whole`, in order; a view if possible."""
-        own = whole[self.rows[0]] if len(self.rows) == 1 else torch.cat([whole[rows] for rows in self.rows])
-        return own.to(dtype)
-
-    def add_product(self, whole: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Adds left @ right to its rows of `whole`, in one operation if these are one run of the same dtype."""
-        if len(self.rows) == 1 and whole.dtype == left.dtype:
-            whole[self.rows[0]].addmm_(left, right)
-        else:
-            self.add(whole, left @ right)
-
-    def add(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Adds to its rows of `whole`, rounding once if that has the narrower dtype."""
-        pieces = torch.split(own, [rows.stop - rows.start for rows in self.rows])
-        for rows, piece in zip(self.rows, pieces, strict=True):
-            whole[rows] += piece
-
-    def kept(self, rows: int, d_in: int, device: torch.device) -> torch.Tensor | None:
-        """The dropout's mask [rows, d_in]; None if nothing is dropped.
-
-        It is drawn in the forward and again in the backward pass: both together cost less than half of one
-        `F.dropout`, while stored masks would about double what a layer keeps for its backward pass.
-        """
-        if not self.dropped:
-            return None
-        generator = torch.Generator(device).manual_seed(self.seed)
-        words = torch.empty(-(-rows * d_in // 4), dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=generator)
-        return words.view(torch.int16)[: rows * d_in].view(rows, d_in) >= self.dropped - DROPOUT_STEPS // 2
+def _library_for(x: torch.Tensor, adapters: Sequence[Trainable]) -> CDLL | None:
+    library = native_library(x.device, x.dtype)
+    native = bool(adapters) and all(
+        each.computes_in == x.dtype and each.a.dtype in (x.dtype, torch.float32) for each in adapters
+    )
+    return library if native else None
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -171,7 +150,7 @@ class _GroupedLora(torch.autograd.Function):
         dense: torch.Tensor,
         base: Frozen,
         bias: torch.Tensor | None,
-        parts: Sequence[_Part],
+        parts: Sequence[AdapterRows],
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         # The base is not a saved tensor: hooks on those (offloading) would copy it for every linear and step.
@@ -233,10 +212,6 @@ def _product_in_one(left: torch.Tensor, right: torch.Tensor, scale: float) -> to
 @lru_cache
 def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros((), dtype=dtype, device=device)
-
-
-def _dense(base: Frozen) -> torch.Tensor:
-    return base if isinstance(base, torch.Tensor) else base()
 
 
 def _check_base(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | None, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from loramill.kernels.adapters.embedding import adapt_embedding
 from loramill.kernels.adapters.slab import SiteSlab
 from loramill.kernels.backend import Activation, Codebook, HeadNorms, LayerKV, Quantized, Weight
 from loramill.kernels.batch import Batch
-from loramill.kernels.cpu import decoder_ops
+from loramill.kernels.cpu import decoder_ops, training_layers, training_lora
 from loramill.kernels.cpu.build import library, supported_tiers
 from loramill.kernels.cpu.layers import in_blocks, matrix, run_layers
 from loramill.kernels.cpu.layout import (
@@ -46,6 +46,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "run_layers": [c_void_p] * 3,
     "set_threads": [c_int],
     **decoder_ops.SIGNATURES,
+    **training_layers.SIGNATURES,
+    **training_lora.SIGNATURES,
 }
 
 
@@ -255,6 +257,12 @@ class Native:
         """Runs all layers in one call; see `loramill.kernels.layers.run_layers`."""
         pieces = _pieces(step.batch)
         return run_layers(self._library(x.dtype), stack, x, cache, step, (pieces.address, pieces.count))
+
+    def training_library(self, dtype: torch.dtype) -> ctypes.CDLL:
+        """The kernels of `training_lora` and `training_layers`, which run on as many threads as torch uses now."""
+        if self._threads != torch.get_num_threads():
+            self.set_threads(torch.get_num_threads())
+        return self._library(dtype)
 
     def set_threads(self, threads: int) -> None:
         """Sets the number of threads per operation, for the whole process; they sleep between operations."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loramill.errors import AdapterInvalid, EngineFault
-from loramill.kernels import training
+from loramill.kernels import torch_backend, training
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.training import Trainable, dropout_seed, grouped_lora
 
@@ -522,6 +522,7 @@ def test_a_cast_gives_the_bits_of_weights_that_autograd_casts():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpus_products_give_the_same_results(dtype, monkeypatch):
+    monkeypatch.setattr(training, "backend", lambda _: torch_backend)
     x, base, adapters, batch = example()
     x, base, dy = x.detach().to(dtype).requires_grad_(), base.to(dtype), torch.randn(13, 10).to(dtype)
     adapters = {

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
+from loramill.kernels.adapter_rows import Frozen
 from loramill.kernels.batch import Batch, Slot
-from loramill.kernels.training import Frozen, Trainable, grouped_lora
+from loramill.kernels.training import Trainable, grouped_lora
 from loramill.sizing.anatomy import anatomy
 from loramill_bench.gpu.bases import has_bitsandbytes, llama
 from loramill_bench.gpu.stage import Context

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from loramill.jobs.train.ops import native
 from loramill.jobs.train.ops.norm import rms_norm
+from loramill.kernels.training import native_library
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +70,27 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 def _cpu_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    dtypes = {
+        each.dtype for each in model.parameters() if each.is_floating_point()
+    }  # codes of a quantized base are not
+    fast = dtypes == {torch.bfloat16} and native_library(torch.device("cpu"), torch.bfloat16) is not None
     for module in model.modules():
-        if type(module).__name__ in _NORMS and _is_frozen(module):
+        if fast and (
+            forward := _native_norm(module) or _native_mlp(module) or _with_rotary(module, native.apply_rotary)
+        ):
+            yield module, forward
+        elif type(module).__name__ in _NORMS and _is_frozen(module):
             yield module, partial(rms_norm, module)
+
+
+def _native_norm(module: Any) -> Forward | None:
+    norm = _norm_of(module)
+    return None if norm is None else partial(native.rms_norm, **norm)
+
+
+def _native_mlp(module: Any) -> Forward | None:
+    silu = type(module).__name__ in _MLPS and _ACTIVATIONS.get(type(module.act_fn).__name__) is False
+    return partial(native.gated_mlp, module) if silu else None
 
 
 def fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
@@ -89,12 +109,21 @@ def fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
 def _fused_norm(module: Any) -> Forward | None:
     from loramill.jobs.train.ops import fused
 
+    norm = _norm_of(module)
+    return None if norm is None else partial(fused.rms_norm, **norm)
+
+
+def _norm_of(module: Any) -> dict[str, Any] | None:
+    """The arguments of an RMS norm besides x; None if the module is no frozen one."""
     name = type(module).__name__
     if name not in _NORMS | _PLUS_ONE_NORMS or not _is_frozen(module):
         return None
     plus_one = name in _PLUS_ONE_NORMS
-    eps = module.eps if plus_one else module.variance_epsilon
-    return partial(fused.rms_norm, weight=module.weight, eps=eps, plus_one=plus_one)
+    return {
+        "weight": module.weight,
+        "eps": module.eps if plus_one else module.variance_epsilon,
+        "plus_one": plus_one,
+    }
 
 
 def _fused_mlp(module: Any) -> Forward | None:
@@ -107,13 +136,17 @@ def _fused_mlp(module: Any) -> Forward | None:
 
 
 def _fused_attention(module: nn.Module) -> Forward | None:
-    """The layer's own forward function, with `apply_rotary_pos_emb` replaced by the fused rotation."""
     from loramill.jobs.train.ops import fused
 
+    return _with_rotary(module, fused.apply_rotary)
+
+
+def _with_rotary(module: nn.Module, apply_rotary: Callable[..., Any]) -> Forward | None:
+    """The own forward function of an attention layer, with `apply_rotary_pos_emb` replaced."""
     own = type(module).forward
     if type(module).__name__ not in _ATTENTIONS or _ROTARY not in own.__code__.co_names:
         return None
-    names = own.__globals__ | {_ROTARY: fused.apply_rotary}
+    names = own.__globals__ | {_ROTARY: apply_rotary}
     copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
     return partial(copy, module)

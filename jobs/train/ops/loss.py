@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from loramill.kernels.cpu.training_layers import losses as native_losses
+from loramill.kernels.training import native_library
 
 #: Rows whose logits `cross_entropy_of_head` computes at once: for 128,256 tokens and bfloat16, 0.13 GB and twice as
 #: much in float32. Fewer would read the head's weights more often than the matrix units take to use them.
@@ -19,6 +23,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        library = native_library(logits.device, logits.dtype)
+        if library is not None:
+            return _native_cross_entropy(ctx, library, logits, labels, weights)
         x = logits.float() if logits.dtype != torch.float32 else logits.clone()
         loss, correct = _in_place(x, labels, weights, with_gradient=ctx.needs_input_grad[0])
         if ctx.needs_input_grad[0]:
@@ -29,7 +36,21 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * d_loss, None, None
+        whole = d_loss.device.type == "cpu" and d_loss.item() == 1  # on a GPU, reading it would wait
+        return gradient if whole else gradient * d_loss, None, None
+
+
+def _native_cross_entropy(
+    ctx: Any, library: CDLL, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    wanted = ctx.needs_input_grad[0]
+    losses, hits, gradient = native_losses(library, rows, labels, weights.contiguous(), with_gradient=wanted)
+    if gradient is not None:
+        ctx.save_for_backward(gradient)
+    correct = hits.sum()
+    ctx.mark_non_differentiable(correct)
+    return losses.sum(), correct
 
 
 class _CrossEntropyOfHead(torch.autograd.Function):

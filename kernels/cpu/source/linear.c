@@ -95,10 +95,9 @@ static const char *widened(const char *from, element *to, int64_t count) {
     return (const char *)to;
 }
 
-// Scratch memory for `elements`, one per thread and for each of three uses; null if memory is exhausted.
-static element *scratch(int use, int64_t elements) {
-    static _Thread_local element *room[3];
-    static _Thread_local int64_t size[3];
+element *scratch(int use, int64_t elements) {
+    static _Thread_local element *room[4];
+    static _Thread_local int64_t size[4];
     if (elements > size[use]) {
         free(room[use]);
         room[use] = aligned_alloc(64, (size_t)(elements * (int64_t)sizeof(element) + 63) / 64 * 64);

@@ -32,6 +32,9 @@ typedef struct {
     int32_t span, from, to;
 } unit;
 
+// Scratch memory for `elements`, one per thread and for each of four uses; null if memory is exhausted.
+element *scratch(int use, int64_t elements);
+
 int adapted_linear(const element *x, int64_t ldx, const matrix *w, element *y, int64_t ldy, int64_t rows, int64_t d_in,
                    int64_t modules, const int64_t *widths, const char *arena, const target *table, int64_t stride,
                    const piece *pieces, int64_t count, int64_t bytes);

@@ -148,6 +148,12 @@ INLINE __m512bh widen32(__m256i a) {
     return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(a, 1))), low);
 }
 INLINE panel load_panel8(const int8_t *p) { return widen32(_mm256_loadu_si256((const __m256i *)p)); }
+// A panel of 16 outputs whose inputs are two rows; in float32, the first alone.
+INLINE panel panel_of_rows(const element *p, const element *q) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)q));
+    return (panel)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
 INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_dpbf16_ps(acc, w, x); }
 INLINE chunk load_chunk(const element *p) { return (chunk)_mm512_loadu_si512(p); }
 INLINE chunk load_chunk_first(int n, const element *p) {
@@ -171,6 +177,7 @@ INLINE panel load_panel(const element *p) { return _mm512_loadu_ps(p); }
 INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm512_set1_ps(*p); }
 INLINE pair load_half_pair(const element *p) { return load_pair(p); }
+INLINE panel panel_of_rows(const element *p, const element *q) { return (void)q, load(p); }
 INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_fmadd_ps(w, x, acc); }
 INLINE chunk load_chunk(const element *p) { return load(p); }
 INLINE chunk load_chunk_first(int n, const element *p) { return load_first(n, p); }
@@ -295,6 +302,10 @@ INLINE panel load_panel8(const int8_t *p) {
     const __m256i hi = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p + 16)));
     return (panel){{even8(lo), odd8(lo)}, {even8(hi), odd8(hi)}};
 }
+INLINE panel panel_of_rows(const element *p, const element *q) {
+    const vec even = load(p), odd = load(q);
+    return (panel){{even.lo, odd.lo}, {even.hi, odd.hi}};
+}
 INLINE vec fma_panel(vec acc, panel w, pair x) {
     acc.lo = _mm256_fmadd_ps(w.lo[0], x.half[0], acc.lo);
     acc.hi = _mm256_fmadd_ps(w.hi[0], x.half[0], acc.hi);
@@ -315,6 +326,7 @@ INLINE panel load_panel(const element *p) { return load_floats(p); }
 INLINE panel load_half_panel(const element *p) { return load_panel(p); }
 INLINE pair load_pair(const element *p) { return _mm256_set1_ps(*p); }
 INLINE pair load_half_pair(const element *p) { return load_pair(p); }
+INLINE panel panel_of_rows(const element *p, const element *q) { return (void)q, load(p); }
 INLINE vec fma_panel(vec acc, panel w, pair x) {
     return BOTH(_mm256_fmadd_ps(w.lo, x, acc.lo), _mm256_fmadd_ps(w.hi, x, acc.hi));
 }

@@ -12,11 +12,18 @@ from loramill.jobs.train.forward import recomputed_layers
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.layers import adapted_linear
+from loramill.kernels import torch_backend, training
 from loramill.models.catalog import Base
 
 from .method_training import load_model, loss_of, spec_of, tokens
 
 METHODS = ("lora", "dora", "adalora", "pissa")
+
+
+@pytest.fixture
+def without_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the native kernels need no casts."""
+    monkeypatch.setattr(training, "backend", lambda _: torch_backend)
 
 
 class Casts(TorchDispatchMode):
@@ -36,6 +43,7 @@ def accumulate(adapted: AdaptedModel) -> None:
         loss_of(adapted.model, tokens(rows=1, length=12, seed=seed)).backward()
 
 
+@pytest.mark.usefixtures("without_native_kernels")
 @pytest.mark.parametrize(("method", "recomputed"), [*((method, False) for method in METHODS), ("lora", True)])
 def test_the_passes_of_a_step_share_one_cast_unless_recomputed(method: str, recomputed: bool, small: Base) -> None:
     model, spec = load_model(small, dtype=torch.bfloat16), spec_of(method=method, gradient_checkpointing=recomputed)
@@ -53,6 +61,16 @@ def test_the_passes_of_a_step_share_one_cast_unless_recomputed(method: str, reco
             optimizer.zero_grad()
 
 
+def test_the_native_kernels_need_no_casts(small: Base) -> None:
+    model, spec = load_model(small, dtype=torch.bfloat16), spec_of()
+    with attach_adapter(model, spec, small.folder) as adapted:
+        Casts.count = 0
+        with Casts():
+            accumulate(adapted)
+        assert Casts.count == 0 and all(weight.grad is not None for weight in adapted.weights.values())
+
+
+@pytest.mark.usefixtures("without_native_kernels")
 @pytest.mark.parametrize("method", METHODS)
 def test_shared_casts_change_no_bit(method: str, small: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     model, spec, found = load_model(small, dtype=torch.bfloat16), spec_of(method=method, dropout=0.2), []
