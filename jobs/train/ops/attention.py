@@ -32,7 +32,7 @@ VARLEN_NAMES = {False: "loramill_varlen", True: "loramill_varlen_deterministic"}
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class EqualParts:
     """Neighboring parts of one shape, which are computed together.
 
     Attributes:
@@ -74,13 +74,13 @@ class PartsLayout:
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[EqualParts, ...]:
         """The parts in groups."""
         groups, number, start = [], 0, 0
         shapes = ((part.tokens.shape, 0 if self.together else index) for index, part in enumerate(self.parts))
         for (shape, _), equal in groupby(shapes):
             count = len(list(equal))
-            groups.append(Group(number, number + count, start, count * shape[0], shape[1]))
+            groups.append(EqualParts(number, number + count, start, count * shape[0], shape[1]))
             number, start = number + count, start + count * shape.numel()
         return tuple(groups)
 
@@ -89,7 +89,7 @@ class PartsLayout:
         """The layout of each part by itself."""
         return tuple(PartsLayout([part]) for part in self.parts)
 
-    def mask(self, group: Group, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def mask(self, group: EqualParts, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The mask of a group: 0 where a token attends to another, else -inf."""
         key = group.first, window
         if key not in self.masks:

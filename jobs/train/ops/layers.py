@@ -114,7 +114,7 @@ def _fused_norm(module: Any) -> Forward | None:
 
 
 def _norm_of(module: Any) -> dict[str, Any] | None:
-    """The arguments of an RMS norm besides x; None if the module is no frozen one."""
+    """The arguments of an RMS norm besides x; None if the module is not one, or its weight is trained."""
     name = type(module).__name__
     if name not in _NORMS | _PLUS_ONE_NORMS or not _is_frozen(module):
         return None
