@@ -125,7 +125,7 @@ def test_slots_of_a_vanished_supervisor_become_free(registry, make, runs, monkey
 
 
 def test_a_high_priority_job_gets_the_slot_of_a_low_one(registry, make):
-    reconciler = make(sessions=1)
+    reconciler = make(sessions=1, per_session=1)
     (low,) = submit(registry)
     reconciler.reconcile()
     assert lease(registry, "session-1").id == low.id

@@ -10,6 +10,6 @@ down_revision: str | None = "0007"
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("jobs") as jobs:
-        jobs.add_column(sa.Column("shared", sa.Boolean(), nullable=False, server_default=sa.false()))
-        jobs.add_column(sa.Column("alone", sa.Boolean(), nullable=False, server_default=sa.false()))
+    # Not in a batch, which for a default that is an expression makes the table anew: other tables refer to its rows.
+    for name in ("shared", "alone"):
+        op.add_column("jobs", sa.Column(name, sa.Boolean(), nullable=False, server_default=sa.false()))
