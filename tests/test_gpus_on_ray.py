@@ -14,19 +14,13 @@ from loramill.gpus.sharing import decide_devices
 from loramill.serve.deployments import engine_options
 from loramill.settings import Settings
 
+from .ray_cluster import ray_cluster
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=1,
-        include_dashboard=False,
-        object_store_memory=128 << 20,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    with ray_cluster(num_cpus=2, num_gpus=1):
+        yield
 
 
 class Process:

@@ -8,7 +8,7 @@ widths of a layer, T the tokens of a pass, r a rank, b the bytes of the base's d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loramill.gpus import CONTEXT_BYTES
@@ -246,9 +246,12 @@ def whole_logits(base: Anatomy, row: MemoryRow) -> MemoryItem:
 def logits_of(base: Anatomy, row: MemoryRow, device: Device, dtype_bytes: int = 2) -> MemoryItem:
     """The logits with a frozen head: on a GPU in parts, in the base's dtype and fp32, and the hidden states' gradient.
 
-    The logits of a part in the base's dtype are freed before their gradient is converted to it.
+    On a CPU in bfloat16 there is no copy in fp32. The logits of a part in the base's dtype are freed before their
+    gradient is converted to it.
     """
     whole = whole_logits(base, row)
+    if device == "cpu" and dtype_bytes == 2:
+        whole = replace(whole, bytes=whole.bytes // 2)
     if base.caps_logits:
         # The uncapped logits, and the output of tanh.
         capping = 2 * dtype_bytes * row.supervised_tokens * base.vocabulary
@@ -273,7 +276,9 @@ def activations(
     else:
         own = trained.attention_outputs * token_bytes(base, row, device, dtype_bytes, True)
         own += (layers - trained.attention_outputs) * token_bytes(base, row, device, dtype_bytes, False)
-        kept = row.tokens * (own + dtype_bytes * trained.saved) + cast_bytes(trained, dtype_bytes) * trained.cast
+        kept = (
+            row.tokens * (own + dtype_bytes * trained.saved) + cast_bytes(trained, device, dtype_bytes) * trained.cast
+        )
         how = ""
     return MemoryItem("activations", kept + mask, f"of {row.tokens:,} tokens in {layers} layers{how}")
 
@@ -321,10 +326,10 @@ def pass_scratch(
     elif _eager(row, device):
         attention = 2 * b * base.heads * row.width
     # Attention's tensors are allocated after those of the MLP, the ones it saved and its product are freed.
-    passing = row.tokens * max(mlp, attention - (_gated(base, device) + 1) * b * base.intermediate)
+    passing = row.tokens * max(mlp, attention - (_gated(base, device, b) + 1) * b * base.intermediate)
     if base.experts is not None:
         passing += row.tokens * b * base.experts.top_k * base.hidden  # the gradients of their outputs
-    if device == "cpu" and base.norms > 2:
+    if device == "cpu" and base.norms > 2 and b == 4:
         passing += row.tokens * 2 * 4 * base.hidden  # Gemma's norms have gradients in fp32
     passing += recomputed or 0
     if device == "cuda" and quantization == "nf4":
@@ -336,12 +341,17 @@ def pass_scratch(
 def one_layer(base: Anatomy, trained: TrainedElements, row: MemoryRow, device: Device, b: int) -> int:
     """Bytes that the layer with the most adapters saves in a pass."""
     own = token_bytes(base, row, device, b, bool(trained.attention_outputs)) + b * trained.max_layer_saved
-    return row.tokens * own + cast_bytes(trained, b) * trained.max_layer_cast
+    return row.tokens * own + cast_bytes(trained, device, b) * trained.max_layer_cast
 
 
-def cast_bytes(trained: TrainedElements, b: int) -> int:
-    """Bytes of a weight of A or B that is cast to the base's dtype; 0 if it is not cast."""
-    return b if b < 4 or trained.frozen else 0
+def cast_bytes(trained: TrainedElements, device: Device, b: int) -> int:
+    """Bytes of a weight of A or B that is copied for the products; 0 if it is not copied.
+
+    A method with frozen copies joins them with what is trained. Otherwise a GPU takes weights in the base's dtype, and
+    a CPU's kernels round them as they read them.
+    """
+    copied = trained.frozen or (b < 4 and not (device == "cpu" and b == 2))
+    return b if copied else 0
 
 
 def token_bytes(base: Anatomy, row: MemoryRow, device: Device, b: int, attended: bool) -> int:
@@ -367,20 +377,22 @@ def token_bytes(base: Anatomy, row: MemoryRow, device: Device, b: int, attended:
         attention = b * 3 * q + base.heads * row.width * (4 + b * (b < 4))
     if attended and _eager(row, device):
         attention += b * q
-    # On a CPU, Gemma's norms, four of a layer, are those of transformers.
-    own_norms = base.llama_like and (device == "cuda" or base.norms == 2)
+    # On a CPU in fp32, Gemma's norms, four of a layer, are those of transformers.
+    own_norms = base.llama_like and (device == "cuda" or base.norms == 2 or b == 2)
     normalized = (base.norms * base.hidden + (q + kv) * base.head_norms) * (b if own_norms else 4)
     # The outputs of a token's experts.
     routed = 0 if base.experts is None else b * base.experts.top_k * base.hidden
-    return normalized + attention + routed + _gated(base, device) * b * base.intermediate
+    return normalized + attention + routed + _gated(base, device, b) * b * base.intermediate
 
 
-def _gated(base: Anatomy, device: Device) -> int:
+def _gated(base: Anatomy, device: Device, b: int) -> int:
     """How many of three tensors of the MLP's width are saved: gate, up, and the activated gate.
 
-    On a GPU the activation is computed again, except in experts, which transformers computes.
+    Our kernels compute the activation again: on a GPU, and on a CPU in bfloat16 that of a Llama. transformers computes
+    that of experts.
     """
-    return 2 if device == "cuda" and base.llama_like and base.experts is None else 3
+    ours = device == "cuda" or (b == 2 and base.norms == 2)
+    return 2 if ours and base.llama_like and base.experts is None else 3
 
 
 def _eager(row: MemoryRow, device: Device) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from openai import OpenAI
 from ray import serve
 
@@ -18,6 +16,7 @@ from loramill.serve.deployments import deploy
 from loramill.settings import Settings
 
 from ..e2e.conftest import free_port
+from ..ray_cluster import ray_cluster
 
 TOKENS = 3000
 
@@ -25,16 +24,14 @@ TOKENS = 3000
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Iterator[Settings]:
     home = tmp_path_factory.mktemp("redeployed")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
     settings = Settings.load(
         home=home, cache=home / "cache", base=str(hermes_base.folder), serve={"port": free_port(), "max_sequences": 8}
     )
-    migrate(settings.database)
-    deploy(settings)
-    yield settings
-    serve.shutdown()
-    ray.shutdown()
+    with ray_cluster(num_cpus=4):
+        migrate(settings.database)
+        deploy(settings)
+        yield settings
+        serve.shutdown()
 
 
 @pytest.fixture(scope="module")

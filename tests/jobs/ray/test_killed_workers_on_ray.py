@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from loramill.jobs.ray.supervisor import deploy
 from loramill.types import JobStatus
 
+from ...ray_cluster import ray_cluster
 from ..environment import JobEnvironment
 from ..worker.test_killed_workers import PACE, check, left, submitted
 
@@ -28,11 +28,9 @@ VICTIMS = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController"
 
 @pytest.fixture
 def environment(tmp_path: Path, tiny_chat_base: Path) -> Iterator[JobEnvironment]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=8, num_gpus=4, include_dashboard=False, object_store_memory=128 << 20)
     fields = {"use_gpu": True, "lease_seconds": 5, "idle_seconds": 600, "max_attempts": 99}
-    yield JobEnvironment.at(tmp_path, tiny_chat_base, **fields)
-    ray.shutdown()
+    with ray_cluster(num_cpus=8, num_gpus=4):
+        yield JobEnvironment.at(tmp_path, tiny_chat_base, **fields)
 
 
 def kill(chance: random.Random, kind: str) -> int:

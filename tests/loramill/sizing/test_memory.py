@@ -27,6 +27,7 @@ from loramill.jobs.train.loop import TrainContext, train
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards
+from loramill.kernels import torch_backend, training
 from loramill.kernels.attention import varlen
 from loramill.sizing import anatomy
 from loramill.sizing.memory import MemoryRow, activations, estimate, largest_row
@@ -134,6 +135,7 @@ def test_a_gpu_saves_the_predicted_tensors_of_a_layer(
     monkeypatch.setattr(forward, "layer_forwards", lambda model, _: fused_forwards(model))
     monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
     monkeypatch.setattr(varlen, "forward", lambda q, *_, **__: (torch.empty_like(q), torch.empty(q.shape[1], len(q))))
+    monkeypatch.setattr(training, "backend", lambda _: torch_backend)
     spec = JobSpec.model_validate(
         {"base": "0" * 64, "adapter": "a/b", "train": "t", "steps": 2, "batch_size": 1} | options
     )

@@ -181,7 +181,8 @@ def test_only_flash_attention_needs_no_mask(checkpointing: bool) -> None:
 def test_a_gpu_has_512_rows_of_logits_at_a_time_unless_the_head_is_trained() -> None:
     row = MemoryRow(tokens=2048, width=2048, supervised_tokens=2000, step_tokens=2048, eager=False)
     base = anatomy(LLAMA_3_8B)
-    assert logits_of(base, row, "cpu").bytes == whole_logits(base, row).bytes == 8 * 2000 * 128256
+    assert logits_of(base, row, "cpu", 4).bytes == whole_logits(base, row).bytes == 8 * 2000 * 128256
+    assert logits_of(base, row, "cpu").bytes == 4 * 2000 * 128256
     assert logits_of(base, row, "cuda").bytes == 6 * 512 * 128256 + 2 * 2 * 2000 * 4096
     assert logits_of(base, replace(row, supervised_tokens=9), "cuda").bytes == 6 * 9 * 128256 + 2 * 2 * 9 * 4096
     full = plan_as_is(sizing_request(LLAMA_3_8B, "none", "80GB", spec(method="full")), spec(method="full"))

@@ -18,6 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from loramill.serve.protocol import TextRequest
 from loramill.serve.routing.policy import report_stats
 
+from ...ray_cluster import ray_cluster
+
 SLOTS = 8
 LOAD_SECONDS = 0.05
 
@@ -62,9 +64,13 @@ class Gateway:
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[DeploymentHandle]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False)
-    serve.start(proxy_location="Disabled")
+    with ray_cluster(num_cpus=4):
+        serve.start(proxy_location="Disabled")
+        yield run_application()
+        serve.shutdown()
+
+
+def run_application() -> DeploymentHandle:
     engine = serve.deployment(
         FakeReplica,
         num_replicas=3,
@@ -77,9 +83,7 @@ def gateway() -> Iterator[DeploymentHandle]:
         ray_actor_options={"num_cpus": 0.1},
     )
     front = serve.deployment(Gateway, ray_actor_options={"num_cpus": 0.1})
-    yield serve.run(front.bind(engine.bind()), name="app", route_prefix=None)
-    serve.shutdown()
-    ray.shutdown()
+    return serve.run(front.bind(engine.bind()), name="app", route_prefix=None)
 
 
 @pytest.fixture
@@ -133,7 +137,7 @@ def test_adapters_stay_where_they_are_until_their_replica_dies(answer):
                 assert time.monotonic() < deadline
         assert set(moved.values()) <= set(kept.values())
 
-    asyncio.run(story())
+    asyncio.run(asyncio.wait_for(story(), 240))
 
 
 def test_a_hot_adapter_spreads(answer):
