@@ -63,7 +63,7 @@ class _NativeLora(torch.autograd.Function):
             call.add(part, a, b, call.rows(of_x, part, part.kept(part.count, x.shape[1], x.device)), at, of_y)
             at += part.count * _padded(len(a)) * h.itemsize
         call.run(library.train_forward, x.shape[1], y.shape[1])
-        ctx.library, ctx.base, ctx.parts = library, base, parts
+        ctx.native, ctx.base, ctx.parts = library, base, parts
         # The base is not a saved tensor: hooks on those (offloading) would copy it for every linear and step.
         ctx.save_for_backward(x if any(ctx.needs_input_grad[6:]) else None, h, *factors)
         return y
@@ -88,7 +88,7 @@ class _NativeLora(torch.autograd.Function):
             own = (0, 0) if of_x is None else call.rows(of_x, part, mask)
             call.add(part, a, b, own, at, of_dy, of_dx, mask, *grads[2 * i : 2 * i + 2])
             at += part.count * _padded(len(a)) * h.itemsize
-        call.run(ctx.library.train_backward, factors[0].shape[1], dy.shape[1])
+        call.run(ctx.native.train_backward, factors[0].shape[1], dy.shape[1])
         found = (None if grad is None else grad.to(each.dtype) for grad, each in zip(grads, factors, strict=True))
         return None, dx, None, None, None, None, *found
 
@@ -161,7 +161,7 @@ class _Call:
         """Calls `train_forward` or `train_backward`.
 
         Raises:
-            MemoryError: There is no memory for what is computed on the way.
+            MemoryError: temporary buffers can't be allocated.
         """
         if function(_layout(self.count).pack(*self.numbers), self.count, d_in, d_out):
             raise MemoryError

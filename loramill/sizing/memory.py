@@ -246,7 +246,7 @@ def whole_logits(base: Anatomy, row: MemoryRow) -> MemoryItem:
 def logits_of(base: Anatomy, row: MemoryRow, device: Device, dtype_bytes: int = 2) -> MemoryItem:
     """The logits with a frozen head: on a GPU in parts, in the base's dtype and fp32, and the hidden states' gradient.
 
-    On a CPU in bfloat16 there is no copy in fp32. The logits of a part in the base's dtype are freed before their
+    On a CPU, logits in bfloat16 are not copied to fp32. The logits of a part in the base's dtype are freed before their
     gradient is converted to it.
     """
     whole = whole_logits(base, row)

@@ -74,8 +74,8 @@ def candidate_requests(request: JobRequest) -> list[JobRequest]:
     """The request of each candidate of a sweep; of another job, the request itself.
 
     Raises:
-        InvalidRequest: as `check_sweep`; or a value is of another type, an option is given besides the sweep, or there
-            is no validation file.
+        InvalidRequest: as `check_sweep`; or a value is of another type, an option is given besides the sweep, or the
+            validation file is missing.
     """
     options = request.options
     if options.sweep is None:

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from loramill.data.tokenizer import ChatTokenizer
 from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.jobs.train.loop import TrainingProgress
 from loramill.jobs.worker import lease
-from loramill.jobs.worker.worker import Worker, run_next_job
-from loramill.models.catalog import find_base, load_for_training
+from loramill.jobs.worker.worker import run_next_job
+from loramill.models.catalog import find_base
 from loramill.models.smollm2 import NAME
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.settings import Settings
 from loramill.types import Executor, JobSpec
 from loramill_bench.kernels import Result
+from loramill_bench.training.worker import bench_worker
 
 SUBMIT_SECONDS, RECONCILE_SECONDS, FIRST_STEP_SECONDS, OVERHEAD_SECONDS = 2.0, 0.05, 1.0, 0.3
 _ROUNDS, _SUBMITTED, _QUEUED, _TENANTS, _JOBS, _STEPS = 3, 1000, 10_000, 50, 6, 3
@@ -76,18 +76,7 @@ def _warm_session_results(report: Callable[[str], object]) -> list[Result]:
     base = find_base(NAME, Settings.load().cache)
     with tempfile.TemporaryDirectory() as home:
         settings, registry = _new_registry(Path(home))
-        model = load_for_training(base, torch.bfloat16)
-        worker = Worker(
-            name="bench:1",
-            registry=registry,
-            base=base,
-            model=lambda: model,
-            device=torch.device("cpu"),
-            tokenizer=ChatTokenizer.load(base.folder),
-            checkpoints=settings.checkpoints,
-            logs=settings.home / "logs",
-            settings=settings.jobs,
-        )
+        worker = bench_worker(base, registry, settings)
         _submit(registry, _JOBS, base.fingerprint)
         moments: list[tuple[float, list[float]]] = []
         with _recorded_steps() as noted:

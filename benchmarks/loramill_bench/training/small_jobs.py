@@ -16,18 +16,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from loramill.data.tokenizer import ChatTokenizer
 from loramill.jobs.scheduling.reconciler import may_take_another, worker_name
 from loramill.jobs.train.engine import Driver, TrainingEngine
 from loramill.jobs.train.forward import configured_forward
 from loramill.jobs.train.loop import TrainContext, TrainingProgress, TrainingRun, open_run
 from loramill.jobs.worker.session import run_jobs
-from loramill.jobs.worker.worker import Worker
 from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
@@ -37,6 +35,7 @@ from loramill.types import JobRecord, JobSpec, JobStatus
 from loramill_bench.kernels import Result
 from loramill_bench.training import session_memory
 from loramill_bench.training.throughput import random_examples
+from loramill_bench.training.worker import bench_worker
 
 #: Jobs per hour of shared sessions over those of sessions of one job, and the time to the first result likewise.
 JOBS_PER_HOUR, FIRST_RESULT = 1.4, 1.0
@@ -200,20 +199,8 @@ def _spec(base: str, adapter: str, train: str) -> JobSpec:
 def _run_session(settings: Settings, name: str) -> None:
     torch.set_num_threads(1)
     base = find_base(settings.base, settings.cache)
-    model = load_for_training(base, torch.bfloat16)
     registry = Registry.open(settings.database, settings.artifacts)
-    worker = Worker(
-        name=worker_name(name, os.getpid()),
-        registry=registry,
-        base=base,
-        model=lambda: model,
-        device=torch.device("cpu"),
-        tokenizer=ChatTokenizer.load(base.folder),
-        checkpoints=settings.checkpoints,
-        logs=settings.home / "logs",
-        settings=settings.jobs,
-        executor="session",
-    )
+    worker = replace(bench_worker(base, registry, settings), name=worker_name(name, os.getpid()), executor="session")
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()

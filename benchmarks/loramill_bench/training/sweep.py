@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,11 +15,10 @@ import torch
 from sqlalchemy.orm import Session
 
 from loramill.data.examples import read_examples
-from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import InvalidRequest, JobError
 from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import Worker
-from loramill.models.catalog import Base, load_for_training
+from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.registry import Registry, datasets, jobs, migrate, tenants
 from loramill.registry.jobs import checkpoints
@@ -28,6 +28,7 @@ from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.submission.sweep import candidate_requests, combine
 from loramill.types import DatasetRecord, JobRecord, JobSpec, JobStatus
 from loramill_bench.results import Result, run_groups
+from loramill_bench.training.worker import bench_worker
 
 #: Of different kinds, with short examples: intents, spoken commands, pronunciations, and dialogs with a state.
 TENANTS = ("clinc-travel", "hwu-play", "cmudict-g2p", "sgd-weather1")
@@ -66,7 +67,9 @@ def _measure(base: Base, data: Path, steps: int) -> list[Result]:
         settings = Settings.load(home=Path(home), database_url=None, artifacts_url=None)
         migrate(settings.database)
         registry = Registry.open(settings.database, settings.artifacts)
-        worker = _worker(base, registry, settings)
+        candidates = prod(map(len, SWEEP.values()))
+        own = settings.jobs.model_copy(update={"per_session": candidates})
+        worker = replace(bench_worker(base, registry, settings), settings=own)
         spec = _sweep_spec(registry, base, data, steps)
         (sweep,), swept_seconds = _train(worker, [spec])
         whole, whole_seconds = _train(worker, spec.trained_specs)
@@ -83,21 +86,6 @@ def _measure(base: Base, data: Path, steps: int) -> list[Result]:
         Result(f"{name}: lowest validation loss", losses[0], "nats"),
         Result(f"{name}: validation loss of the median candidate", losses[len(losses) // 2], "nats"),
     ]
-
-
-def _worker(base: Base, registry: Registry, settings: Settings) -> Worker:
-    model = load_for_training(base, torch.bfloat16)
-    return Worker(
-        name="bench:1",
-        registry=registry,
-        base=base,
-        model=lambda: model,
-        device=torch.device("cpu"),
-        tokenizer=ChatTokenizer.load(base.folder),
-        checkpoints=settings.checkpoints,
-        logs=settings.home / "logs",
-        settings=settings.jobs.model_copy(update={"per_session": prod(map(len, SWEEP.values()))}),
-    )
 
 
 def _sweep_spec(registry: Registry, base: Base, data: Path, steps: int) -> JobSpec:

@@ -20,8 +20,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool) -> torch.Tensor:
-        ctx.library, x = native_library(x.device, x.dtype), x.contiguous()
-        y, factors = kernels.rms_norm(ctx.library, x, weight, float(plus_one), eps)
+        ctx.native, x = native_library(x.device, x.dtype), x.contiguous()
+        y, factors = kernels.rms_norm(ctx.native, x, weight, float(plus_one), eps)
         ctx.save_for_backward(x, weight, factors)
         ctx.offset = float(plus_one)
         return y
@@ -30,7 +30,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, factors = ctx.saved_tensors
-        d_x = kernels.rms_norm_gradient(ctx.library, d_y.contiguous(), x, weight, factors, ctx.offset)
+        d_x = kernels.rms_norm_gradient(ctx.native, d_y.contiguous(), x, weight, factors, ctx.offset)
         return d_x, None, None, None
 
 
@@ -39,15 +39,15 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.library = native_library(gate.device, gate.dtype)
+        ctx.native = native_library(gate.device, gate.dtype)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return kernels.gated(ctx.library, gate, up)
+        return kernels.gated(ctx.native, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return kernels.gated_gradients(ctx.library, d_y.contiguous(), *ctx.saved_tensors)
+        return kernels.gated_gradients(ctx.native, d_y.contiguous(), *ctx.saved_tensors)
 
 
 class _Rotary(torch.autograd.Function):
@@ -57,15 +57,15 @@ class _Rotary(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.library, angles = native_library(q.device, q.dtype), (cos.contiguous(), sin.contiguous())
+        ctx.native, angles = native_library(q.device, q.dtype), (cos.contiguous(), sin.contiguous())
         ctx.save_for_backward(*angles)
-        return tuple(_turned(ctx.library, each, *angles, inverse=False) for each in (q, k))
+        return tuple(_turned(ctx.native, each, *angles, inverse=False) for each in (q, k))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         angles = ctx.saved_tensors
-        return *(_turned(ctx.library, each, *angles, inverse=True) for each in gradients), None, None
+        return *(_turned(ctx.native, each, *angles, inverse=True) for each in gradients), None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, plus_one: bool) -> torch.Tensor:
