@@ -182,7 +182,9 @@ class JobSettings(_Section):
     """The pool that runs fine-tune jobs."""
 
     sessions: int = Field(
-        default=max(1, min(8, os.cpu_count() or 1)), ge=1, description="Maximum number of jobs that train at once."
+        default=max(1, min(8, os.cpu_count() or 1)),
+        ge=1,
+        description="Maximum number of sessions at once; each trains up to per_session jobs.",
     )
     per_session: int = Field(
         default=8,
@@ -190,7 +192,7 @@ class JobSettings(_Section):
         le=1024,
         description="Maximum number of jobs that one session trains at once, by passes over the base that they share. "
         "A session takes another job only while its passes have room, and its memory too, as far as that is known. On "
-        "a CPU it begins with one and trains more at once as long as others wait.",
+        "a CPU it starts with one; the limit doubles each time a job ends, until the queue is empty.",
     )
     pass_tokens: int | None = Field(
         default=None,
@@ -204,13 +206,16 @@ class JobSettings(_Section):
         description="Train on GPUs. auto: if this machine has one that torch can use; on a cluster, no.",
     )
     per_gpu: int = Field(
-        default=1, ge=1, le=16, description="Number of jobs that share one GPU, each with an equal part of its memory."
+        default=1,
+        ge=1,
+        le=16,
+        description="Number of sessions that share one GPU, each with an equal part of its memory.",
     )
     gpu_fraction: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Share of one GPU that its per_gpu jobs take together. Unset: a whole GPU; with `loramill up`, "
+        description="Share of one GPU that its per_gpu sessions take together. Unset: a whole GPU; with `loramill up`, "
         "what an engine on the same GPU leaves.",
     )
     accelerator_type: str | None = Field(

@@ -104,9 +104,10 @@ Action = StartSession | StartTrainer | EndSession | Preempt
 def decide(pool: PoolState) -> tuple[Action, ...]:
     """Returns the actions that bring the pool closer to running the first of the waiting jobs.
 
-    Each waiting job in turn gets an idle session, a new one in a free slot, room next to other jobs, room that is about
-    to be free, or that of a running job of a lower priority: of the lowest priority, and of these the youngest. The
-    first job that gets none holds back the jobs after it, so that small jobs can't overtake a large one forever.
+    Each waiting job for a session in turn gets an idle session, else a new one in a free slot, else room next to other
+    jobs, else room that is about to be free, else that of a running job of a lower priority: of the lowest priority,
+    and of these the youngest. A job with its own trainer gets free slots, or makes room for itself and waits. The first
+    job that gets none holds back the jobs after it, so that small jobs can't overtake a large one forever.
     """
     plan = _Plan(pool)
     for job in pool.waiting:

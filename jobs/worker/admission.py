@@ -1,4 +1,4 @@
-"""Which jobs may join those of a session."""
+"""Decides whether a job may join those already in a session."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def may_join(job: JobRecord, others: Collection[JobRecord], memory: SessionMemor
     """
     if not others:
         return True
-    if any(_needs_session(each) for each in (job, *others)):
+    if any(_needs_own_session(each) for each in (job, *others)):
         return False
     return memory is None or memory.fits([each.spec for each in (*others, job)])
 
 
-def _needs_session(job: JobRecord) -> bool:
+def _needs_own_session(job: JobRecord) -> bool:
     return job.alone or job.spec.method == "full"
 
 

@@ -40,8 +40,9 @@ POLL_SECONDS = 0.25
 OUTAGE_PAUSE_SECONDS, MAX_OUTAGE_PAUSE_SECONDS = 3.0, 60.0
 #: Threads that read data and publish versions while passes run.
 BACKGROUND_THREADS = 2
-#: Number of jobs that a session which had none trains at once, by type of device; it doubles with each job that ends.
-#: On a CPU eight small jobs take 5.6 times as long as one of them: if no more wait, each is done sooner one by one.
+#: How many jobs a session may train at once when it starts or finds the queue empty, by type of device; the limit
+#: doubles each time a job ends. On a CPU eight small jobs together take 5.6 times as long as one, so that without a
+#: backlog most of them are done sooner one by one.
 JOBS_AT_START = {"cpu": 1, "cuda": 1024}
 
 
