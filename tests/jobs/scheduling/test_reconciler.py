@@ -36,6 +36,11 @@ class Runs:
         self.ended.wait()
 
 
+@pytest.fixture(autouse=True)
+def no_slot_expires_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler_module, "SLOT_LEASE_SECONDS", 600.0)
+
+
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
     migrate(url := f"sqlite:///{tmp_path / 'loramill.db'}")
@@ -88,7 +93,8 @@ def test_sessions_start_as_jobs_arrive_up_to_the_number_of_slots(registry, make,
     assert reconciler.active_slots == ["session-1", "session-2"]
     submit(registry, 5)
     reconciler.reconcile()
-    assert sorted(runs.started) == reconciler.active_slots == ["session-1", "session-2", "session-3"]
+    assert reconciler.active_slots == ["session-1", "session-2", "session-3"]
+    eventually(lambda: sorted(runs.started) == reconciler.active_slots)
     runs.ended.set()
     eventually(lambda: not reconciler.active_slots)
     runs.ended.clear()
@@ -100,13 +106,18 @@ def test_two_supervisors_start_nothing_twice(registry, make, runs):
     first, second = make(), make()
     submit(registry, 9)
     (dedicated,) = submit(registry, executor="dedicated", priority=1, gpus=2)
-    threads = [threading.Thread(target=reconciler.reconcile) for reconciler in (first, second) for _ in range(3)]
+
+    def reconcile_thrice(reconciler: Reconciler) -> None:
+        for _ in range(3):
+            reconciler.reconcile()
+
+    threads = [threading.Thread(target=reconcile_thrice, args=(reconciler,)) for reconciler in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(first.active_slots + second.active_slots) == sorted({*first.active_slots, *second.active_slots})
-    assert sorted(runs.started) == [f"{dedicated.id} on 2", "session-1"]
+    eventually(lambda: sorted(runs.started) == [f"{dedicated.id} on 2", "session-1"])
 
 
 def test_slots_of_a_vanished_supervisor_become_free(registry, make, runs, monkeypatch):
