@@ -56,7 +56,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/typos
-	$(BIN)/pytest -q tests/test_wording.py
+	$(BIN)/pytest -q --noconftest tests/test_wording.py
 
 types: $(INSTALLED)
 	$(BIN)/mypy -p loramill -p loramill_bench

@@ -1,6 +1,8 @@
 """A base, a registry, data and jobs for tests; as a script, a pool of workers.
 
-    python environment.py SETTINGS     each line "SLOT HOLDER" on standard input starts a worker; prints its pid
+    python -m tests.jobs.environment SETTINGS
+
+Each line "SLOT HOLDER" on standard input starts a worker, and its pid is printed.
 
 The workers are forked from a process that has imported and loaded everything, and so start at once.
 """
@@ -24,10 +26,12 @@ from loramill.jobs.scheduling.reconciler import may_take_another, worker_name
 from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import Worker
 from loramill.models.catalog import Base, find_base, load_for_training
-from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings, Settings
 from loramill.types import JobRecord, JobSpec
+
+from ..databases import create_database
 
 WORDS = "one two three four five six seven eight".split()
 
@@ -57,7 +61,7 @@ class JobEnvironment:
         settings = Settings.load(
             home=home, cache=home / "cache", base=str(base), jobs=JobSettings.model_validate(quick | fields)
         )
-        migrate(settings.database)
+        create_database(settings.database)
         return cls.opened(settings)
 
     @classmethod

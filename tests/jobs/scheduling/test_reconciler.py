@@ -12,11 +12,12 @@ import pytest
 from loramill.errors import Unavailable
 from loramill.jobs.scheduling import reconciler as reconciler_module
 from loramill.jobs.scheduling.reconciler import Reconciler, may_take_another, worker_name
-from loramill.registry import Registry, datasets, jobs, migrate, tenants
+from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
 from loramill.types import Executor, JobRecord, JobSpec, JobStatus
 
+from ...databases import create_database
 from ...waiting import eventually
 
 
@@ -43,7 +44,7 @@ def no_slot_expires_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    migrate(url := f"sqlite:///{tmp_path / 'loramill.db'}")
+    create_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

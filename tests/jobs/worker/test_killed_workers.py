@@ -16,7 +16,6 @@ from loramill.jobs.scheduling.reconciler import Reconciler
 from loramill.registry import adapters, jobs, tenants
 from loramill.types import JobRecord, JobStatus
 
-from .. import environment as environment_module
 from ..environment import JobEnvironment
 
 TENANTS, EACH = 20, 10
@@ -30,9 +29,10 @@ class Pool:
     """Worker processes, forked on demand; they die with the supervisor that started them, as with Ray."""
 
     def __init__(self, environment: JobEnvironment) -> None:
-        script = Path(environment_module.__file__)
-        command = [sys.executable, str(script), environment.settings.model_dump_json()]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tests.jobs.environment", environment.settings.model_dump_json()]
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+        )
         self._lock = threading.Lock()
         self.alive: dict[str, tuple[str, int]] = {}
         assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"

@@ -22,11 +22,12 @@ from loramill.jobs.worker.session import run_jobs
 from loramill.jobs.worker.worker import Worker, encode_examples, run_next_job
 from loramill.models.catalog import Base, load_for_training
 from loramill.names import AdapterName
-from loramill.registry import Registry, adapters, datasets, jobs, migrate, tenants
+from loramill.registry import Registry, adapters, datasets, jobs, tenants
 from loramill.settings import JobSettings
 from loramill.types import JobRecord, JobSpec, JobStatus
 
 from ...chat_templates import GRANITE3
+from ...databases import create_database
 from ...hermes import SETTINGS, hermes_tokenizer
 
 ROWS = b"".join(
@@ -46,7 +47,7 @@ def model(base: Base) -> torch.nn.Module:
 @pytest.fixture
 def worker(tmp_path: Path, base: Base, model: torch.nn.Module) -> Worker:
     database = f"sqlite:///{tmp_path / 'loramill.db'}"
-    migrate(database)
+    create_database(database)
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collect import REPLAY_EXAMPLES, hold_out, jsonl_rows, next_spec, plan_training, sample
-from loramill.registry import Registry, adapters, datasets, jobs, migrate, nightly, tenants
+from loramill.registry import Registry, adapters, datasets, jobs, nightly, tenants
 from loramill.submission.defaults import LEARNING_RATE
 from loramill.types import JobSpec, VersionRecord
+
+from ...databases import create_database
 
 NAME = AdapterName("acme", "support")
 
@@ -34,7 +36,7 @@ NEW = [row(f"new question {i}", "new") for i in range(40)]
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     database = f"sqlite:///{tmp_path / 'record.db'}"
-    migrate(database)
+    create_database(database)
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

@@ -13,8 +13,10 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.outcome import outcomes
 from loramill.pipelines.nightly.promote import promote_all
-from loramill.registry import Registry, adapters, migrate, nightly, tenants
+from loramill.registry import Registry, adapters, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
+
+from ...databases import create_database
 
 FIRST, SECOND = "1" * 64, "2" * 64
 
@@ -22,7 +24,7 @@ FIRST, SECOND = "1" * 64, "2" * 64
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
     url = f"sqlite:///{tmp_path / 'loramill.db'}"
-    migrate(url)
+    create_database(url)
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     yield registry
     registry.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +27,11 @@ from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
 from loramill.pipelines.nightly.run import run_nightly
-from loramill.registry import Registry, adapters, datasets, deletion, jobs, migrate, nightly, tenants
+from loramill.registry import Registry, adapters, datasets, deletion, jobs, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
+
+from ...databases import create_database
 
 
 class Cluster:
@@ -129,21 +130,11 @@ class Cluster:
             return {each.adapter: each.stage for each in nightly.list_set_aside(session)}
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database, to be copied."""
-    path = tmp_path_factory.mktemp("empty") / "loramill.db"
-    migrate(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def cluster(
-    tmp_path: Path, empty: Path, base: Base, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Cluster]:
+def cluster(tmp_path: Path, base: Base, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     settings = Settings.load(home=tmp_path)
-    shutil.copyfile(empty, tmp_path / "loramill.db")
-    registry = Registry.open(f"sqlite:///{tmp_path / 'loramill.db'}", (tmp_path / "artifacts").as_uri())
+    create_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
+    registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         for tenant in ("acme", "bolt"):
             tenants.create(session, tenant)

@@ -16,7 +16,7 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly import run, train
 from loramill.pipelines.nightly.outcome import Verdict, outcomes
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
-from loramill.registry import Registry, adapters, audit, datasets, jobs, migrate, nightly, pool_gpus, tenants
+from loramill.registry import Registry, adapters, audit, datasets, jobs, nightly, pool_gpus, tenants
 from loramill.registry.database.tables import JobRow
 from loramill.settings import Settings
 from loramill.sizing import GpuPool, SizingRequest, anatomy, read_config
@@ -25,6 +25,8 @@ from loramill.submission.dataset_checks import DatasetChecks
 from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.submission.submit import SubmissionContext, Submitter, check_request, queue
 from loramill.types import GpuInfo, JobRecord, JobSpec, VersionRecord
+
+from ...databases import create_database
 
 
 class Cluster:
@@ -102,7 +104,7 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, base: Base, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     url = f"sqlite:///{tmp_path / 'loramill.db'}"
-    migrate(url)
+    create_database(url)
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

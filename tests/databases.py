@@ -1,0 +1,31 @@
+"""Migrated SQLite databases. Migrating one takes 0.12 s of CPU time, and hundreds of tests need one: they copy it."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from sqlalchemy import make_url
+
+from loramill.registry import migrate
+
+
+def create_database(url: str) -> None:
+    """Does what `migrate` does for a SQLite database that does not exist.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    path = Path(str(make_url(url).database))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(_migrated())
+
+
+@cache
+def _migrated() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "loramill.db")
+        migrate(f"sqlite:///{path}")
+        return path.read_bytes()
