@@ -289,8 +289,12 @@ class TrainingRun:
         )
 
     def _validates_after(self, step: int) -> bool:
+        return self._counts_for_patience(step) or step in self._context.validated_steps
+
+    def _counts_for_patience(self, step: int) -> bool:
+        """Whether the job's own options validate after this step, and not only a rung of its sweep."""
         interval = self._spec.eval_every or self._spec.checkpoint_every
-        return step % interval == 0 or step == self._spec.steps or step in self._context.validated_steps
+        return step % interval == 0 or step == self._spec.steps
 
     def _validate(self) -> Work[RunState]:
         state = self.state
@@ -302,7 +306,7 @@ class TrainingRun:
             raise self._diverged(f"validation loss {loss}", [])
         may_be_best = state.step >= self.adapted.best_from_step
         better = may_be_best and (state.best_loss is None or loss < state.best_loss)
-        stale = 0 if better or not may_be_best else state.stale + 1
+        stale = 0 if better or not may_be_best else state.stale + self._counts_for_patience(state.step)
         return replace(
             state,
             figures=(state.figures or {}) | {f"valid_{name}": value for name, value in figures.items()},
