@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.engine import Driver, TrainingEngine, Work
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.jobs.train.forward import configured_forward
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, TrainingRun, export_adapter, open_run
+from loramill.jobs.train.loop import TrainingRun, open_run
 from loramill.models.catalog import load_for_training
 from loramill.pipelines.compare.answers import EngineAnswerer, quality
 from loramill.pipelines.compare.data import TaskData, read_task

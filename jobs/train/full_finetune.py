@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.deepspeed import zero_optimizer
-from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora
-from loramill.jobs.train.hf_export import save_hf_model
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, load_checkpoint_to_export, train
-from loramill.jobs.train.merge import merge_into
+from loramill.jobs.train.export.adapter import load_checkpoint_to_export
+from loramill.jobs.train.export.extract_lora import ExtractionReport, extract_lora
+from loramill.jobs.train.export.hf import save_hf_model
+from loramill.jobs.train.export.merge import merge_into
+from loramill.jobs.train.loop import train
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec

@@ -16,25 +16,24 @@ with other `micro_tokens`, the last bits may differ. On a GPU they differ from r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from loramill.data.encoding import EncodedExample, EncodedPair, TrainingExample
-from loramill.errors import ArtifactMissing, DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
+from loramill.errors import DatasetInvalid, JobPaused, JobPreempted, TrainingDiverged
 from loramill.jobs.train import checkpoint
 from loramill.jobs.train.batching import choose_batch, group_units, supervised_weight
 from loramill.jobs.train.checkpoint import CheckpointData, RunState
-from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.engine import Part, TrainingEngine, Work
 from loramill.jobs.train.forward import Predictions, attention_window, configured_forward, lay_out, translate_oom
 from loramill.jobs.train.lr_schedule import learning_rate
-from loramill.jobs.train.methods import adapter_files, attach_adapter, load_start_adapter
+from loramill.jobs.train.methods import load_start_adapter
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.train.methods.seeds import seed_of
 from loramill.jobs.train.objectives.batch import BatchLoss
@@ -42,91 +41,6 @@ from loramill.jobs.train.objectives.losses import METRICS
 from loramill.jobs.train.objectives.objective import objective_of
 from loramill.jobs.train.objectives.preference import answer_log_probs
 from loramill.jobs.train.optimizer import AdamW, Optimizer, OptimizerState
-from loramill.types import JobSpec
-
-__all__ = ["SINGLE_PROCESS", "ProcessGroup", "TrainContext", "TrainingProgress", "export_adapter", "train"]
-
-
-def never_stop() -> None:
-    """A stop check that never stops the training."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainContext:
-    """A job's spec and data, and everything around them that training uses.
-
-    Attributes:
-        train_examples, valid_examples: of the kind that the spec's objective needs. Without validation examples nothing
-            is validated, and nothing stops early.
-        base_folder: the base's files.
-        checkpoints: folder or fsspec URL of this job alone.
-        start_from: PEFT folder whose weights training starts from, of the same rank, targets and scale.
-        raise_if_stopped: called before every forward pass. Its error ends the training at once; JobPaused and
-            JobPreempted first save a checkpoint of the last complete step.
-        micro_tokens: replaces the spec's after memory ran out; the result is the same to rounding.
-        process_group: processes that share each step's passes. Each of them trains with the same context, and gets the
-            same progress.
-        attach: attaches what is trained to the model; by default the adapter of the spec's method.
-        deterministic: compute the same bits each time on a GPU, too.
-        validated_steps: steps after which the job is validated in addition to those of its spec.
-    """
-
-    spec: JobSpec
-    train_examples: Sequence[TrainingExample]
-    valid_examples: Sequence[TrainingExample] = ()
-    base_folder: Path
-    checkpoints: Path | str
-    start_from: Path | None = None
-    raise_if_stopped: Callable[[], None] = never_stop
-    micro_tokens: int | None = None
-    process_group: ProcessGroup = SINGLE_PROCESS
-    attach: Callable[[PreTrainedModel, JobSpec, Path], AbstractContextManager[AdaptedModel]] = attach_adapter
-    deterministic: bool = False
-    validated_steps: Collection[int] = ()
-
-    @property
-    def pass_tokens(self) -> int:
-        """About how many tokens one forward pass takes."""
-        return self.micro_tokens or self.spec.micro_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingProgress:
-    """The progress after an optimizer step.
-
-    Attributes:
-        step: 1 to `total_steps`; an early stop ends before.
-        loss: the objective's loss of the step's examples, before its update; of answers, the weighted mean
-            cross-entropy of their supervised tokens in nats.
-        accuracy: weighted share of the supervised tokens that the model predicts as the most likely.
-        grad_norm: before clipping.
-        trained_tokens: tokens trained on so far, prompts included.
-        valid_loss, valid_accuracy: the same over the validation examples, after the update; None if the step has no
-            validation.
-        is_best: whether this is the lowest validation loss so far.
-        rewards: preference tuning: `losses.METRICS` of the step, and of its validation with the prefix "valid_".
-    """
-
-    step: int
-    total_steps: int
-    loss: float
-    accuracy: float
-    learning_rate: float
-    grad_norm: float
-    trained_tokens: int
-    valid_loss: float | None = None
-    valid_accuracy: float | None = None
-    is_best: bool = False
-    rewards: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The metrics under OpenAI's names for a checkpoint's metrics."""
-        metrics = {"step": self.step, "train_loss": self.loss, "train_mean_token_accuracy": self.accuracy}
-        if self.valid_loss is not None and self.valid_accuracy is not None:
-            for name in ("valid", "full_valid"):  # a validation always covers the whole file
-                metrics |= {f"{name}_loss": self.valid_loss, f"{name}_mean_token_accuracy": self.valid_accuracy}
-        return {**metrics, **self.rewards}
 
 
 def train(model: PreTrainedModel, context: TrainContext) -> Generator[TrainingProgress, None, None]:
@@ -172,37 +86,6 @@ def open_run(model: PreTrainedModel, context: TrainContext) -> Iterator[Training
         run = TrainingRun(model, adapted, context, longest + context.pass_tokens)
         run.resume()
         yield run
-
-
-def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: bool = True) -> dict[str, bytes]:
-    """Returns the adapter as PEFT's files, by name.
-
-    Args:
-        base: the base's name in the API.
-        best: export the job's result, with the weights that `spec.keep` names. If False, export the last checkpoint,
-            also of a job that is still in training.
-
-    Raises:
-        ArtifactMissing: there is no checkpoint, or the job's result was requested before its end.
-        ArtifactCorrupt: a checkpoint can't be read.
-    """
-    data = load_checkpoint_to_export(checkpoints, spec, best=best)
-    return adapter_files(spec, data.weights, data.state, base)
-
-
-def load_checkpoint_to_export(checkpoints: Path | str, spec: JobSpec, *, best: bool = True) -> CheckpointData:
-    """Loads the checkpoint that `export_adapter` exports.
-
-    Raises:
-        ArtifactMissing, ArtifactCorrupt: as `export_adapter`.
-    """
-    last = checkpoint.latest(checkpoints, spec)
-    if last is None or (best and not last.run_state.finished):
-        raise ArtifactMissing(
-            f"{checkpoints} holds no complete checkpoint of {'the end of ' if best else ''}this job, which is step "
-            f"{spec.steps} or an early stop: train to the end first."
-        )
-    return checkpoint.best(checkpoints, spec, last) if best and spec.keep == "best" else last
 
 
 class TrainingRun:

@@ -18,7 +18,7 @@ from loramill.errors import (
     LoramillError,
     Unavailable,
 )
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
 from loramill.registry import Registry, jobs
 from loramill.retry import retry_while_unavailable
 from loramill.settings import JobSettings

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from loramill.errors import SetupError
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
 from loramill.types import JobSpec
 
 log = logging.getLogger(__name__)

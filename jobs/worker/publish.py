@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from loramill.jobs.train.loop import TrainingProgress, export_adapter
+from loramill.jobs.train.context import TrainingProgress
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.jobs.worker.lease import outlast_database_outage
 from loramill.registry import adapters, jobs
 from loramill.registry.jobs import checkpoints

@@ -19,8 +19,9 @@ from pathlib import Path
 from loramill import halving
 from loramill.errors import JobCancelled, JobError, JobPaused, JobPreempted, LeaseLost, OutOfMemory
 from loramill.jobs.train.checkpoint import RunState
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.engine import Together, Work
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, open_run
+from loramill.jobs.train.loop import open_run
 from loramill.jobs.worker import publish
 from loramill.jobs.worker.lease import Lease, outlast_database_outage
 from loramill.jobs.worker.loggers import open_loggers

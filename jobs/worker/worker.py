@@ -33,8 +33,9 @@ from loramill.errors import (
 )
 from loramill.jobs.train.batching import count_supervised_tokens, sequences
 from loramill.jobs.train.checkpoint_store import delete_all
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.distributed import SINGLE_PROCESS, ProcessGroup
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, train
+from loramill.jobs.train.loop import train
 from loramill.jobs.worker import publish
 from loramill.jobs.worker.lease import Lease, outlast_database_outage
 from loramill.jobs.worker.loggers import open_loggers

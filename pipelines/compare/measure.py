@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from loramill.jobs.train.context import TrainContext
+from loramill.jobs.train.export.adapter import export_adapter, load_checkpoint_to_export
+from loramill.jobs.train.export.hf import save_hf_model
+from loramill.jobs.train.export.merge import merge_into
 from loramill.jobs.train.full_finetune import export_full, train_full
-from loramill.jobs.train.hf_export import save_hf_model
-from loramill.jobs.train.loop import TrainContext, export_adapter, load_checkpoint_to_export, train
-from loramill.jobs.train.merge import merge_into
+from loramill.jobs.train.loop import train
 from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.models.catalog import Base, load_for_training
 from loramill.pipelines.compare import memory

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
 from loramill.models.catalog import load_for_training
 from loramill.pipelines.compare import memory
 from loramill.pipelines.compare.answers import Answerer, quality, token_seconds

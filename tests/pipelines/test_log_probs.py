@@ -12,7 +12,9 @@ from loramill.data.encoding import EncodedPair, encode_pair
 from loramill.data.examples import read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.jobs.train import checkpoint
-from loramill.jobs.train.loop import TrainContext, export_adapter, train
+from loramill.jobs.train.context import TrainContext
+from loramill.jobs.train.export.adapter import export_adapter
+from loramill.jobs.train.loop import train
 from loramill.models.catalog import Base, load_for_training
 from loramill.serve.engine import Engine, EngineConfig, Request, SamplingParams
 from loramill.serve.model import load_decoder

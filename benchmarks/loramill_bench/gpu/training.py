@@ -120,7 +120,8 @@ def _recomputation(context: Context, base: Any) -> Result:
 
 
 def _train(context: Context, base: Any, case: Case, trained: _Trained, deterministic: bool = False) -> None:
-    from loramill.jobs.train.loop import TrainContext, train
+    from loramill.jobs.train.context import TrainContext
+    from loramill.jobs.train.loop import train
 
     with tempfile.TemporaryDirectory(prefix="loramill-bench-") as folder:
         job = TrainContext(

@@ -146,7 +146,8 @@ def train_case(case: Case) -> str:
     """Trains a case in this process; returns the device and its peak memory in bytes, as text."""
     import torch
 
-    from loramill.jobs.train.loop import TrainContext, train
+    from loramill.jobs.train.context import TrainContext
+    from loramill.jobs.train.loop import train
 
     torch.set_num_threads(1)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"

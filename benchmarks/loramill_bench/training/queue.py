@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loramill.jobs.scheduling.reconciler import Reconciler
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
 from loramill.jobs.worker import lease
 from loramill.jobs.worker.worker import run_next_job
 from loramill.models.catalog import find_base

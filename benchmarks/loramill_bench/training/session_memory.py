@@ -139,10 +139,11 @@ def train_mix(mix: Mix) -> int:
     """Trains a mix in this process; returns its peak memory in bytes."""
     import torch
 
+    from loramill.jobs.train.context import TrainContext
     from loramill.jobs.train.engine import TrainingEngine
     from loramill.jobs.train.engine.driver import Driver
     from loramill.jobs.train.forward import configured_forward
-    from loramill.jobs.train.loop import TrainContext, TrainingRun
+    from loramill.jobs.train.loop import TrainingRun
 
     torch.set_num_threads(1)
     first, draw = mix.jobs[0], random.Random(0)

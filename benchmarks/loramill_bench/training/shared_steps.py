@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.engine import Driver, TrainingEngine
 from loramill.jobs.train.forward import configured_forward
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, TrainingRun, open_run
+from loramill.jobs.train.loop import TrainingRun, open_run
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec, Quantization
 from loramill_bench.results import Result

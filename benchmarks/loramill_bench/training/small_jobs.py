@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from loramill.jobs.scheduling.reconciler import may_take_another, worker_name
+from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.engine import Driver, TrainingEngine
 from loramill.jobs.train.forward import configured_forward
-from loramill.jobs.train.loop import TrainContext, TrainingProgress, TrainingRun, open_run
+from loramill.jobs.train.loop import TrainingRun, open_run
 from loramill.jobs.worker.session import run_jobs
 from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME

@@ -14,7 +14,8 @@ import torch
 
 from loramill.data.encoding import EncodedExample
 from loramill.jobs.train.batching import choose_batch
-from loramill.jobs.train.loop import TrainContext, train
+from loramill.jobs.train.context import TrainContext
+from loramill.jobs.train.loop import train
 from loramill.models.catalog import Base, load_for_training
 from loramill.types import JobSpec
 from loramill_bench.results import Result

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loramill.models.catalog import Base
     from loramill.settings import Settings
 
-MergeReport = Any  # loramill.jobs.train.merge's; the CLI imports higher layers only inside functions
+MergeReport = Any  # loramill.jobs.train.export.merge's; the CLI imports higher layers only inside functions
 
 
 def merge(
@@ -58,8 +58,8 @@ def merge(
     printed and stored in the folder; if it exceeds --max-kl, nothing is written.
     """
     from loramill.errors import InvalidRequest
-    from loramill.jobs.train.merge import MAX_KL, MergeOptions
-    from loramill.jobs.train.merge import merge as merge_adapter
+    from loramill.jobs.train.export.merge import MAX_KL, MergeOptions
+    from loramill.jobs.train.export.merge import merge as merge_adapter
     from loramill.local.model import find_model
     from loramill.settings import Settings
 

@@ -12,7 +12,8 @@ import torch
 
 from loramill.errors import JobError, JobPaused, LeaseLost, LoramillError, TrainingDiverged
 from loramill.jobs.train.checkpoint import latest
-from loramill.jobs.train.loop import ProcessGroup, TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
+from loramill.jobs.train.distributed import ProcessGroup
 from loramill.types import JobSpec
 
 from .tiny_training import random_examples, random_judged, spec_of, tiny_model, train

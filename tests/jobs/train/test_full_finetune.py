@@ -22,9 +22,10 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import ArtifactMissing, JobPaused, TrainingDiverged
 from loramill.jobs.train import checkpoint
 from loramill.jobs.train.batching import choose_batch
+from loramill.jobs.train.context import TrainingProgress
 from loramill.jobs.train.deepspeed import zero_optimizer
+from loramill.jobs.train.distributed import SINGLE_PROCESS
 from loramill.jobs.train.full_finetune import REPORT_FILE, FullFinetuneResult, export_full, train_full
-from loramill.jobs.train.loop import SINGLE_PROCESS, TrainingProgress
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.worker.worker import Worker, run_next_job

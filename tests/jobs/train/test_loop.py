@@ -24,8 +24,9 @@ from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import AdapterInvalid, DatasetInvalid, TrainingDiverged
 from loramill.jobs.train import loop
 from loramill.jobs.train.batching import choose_batch, count_supervised_tokens, sequences
+from loramill.jobs.train.context import TrainingProgress
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.jobs.train.forward import Predictions, configured_forward, lay_out, loss_and_accuracy
-from loramill.jobs.train.loop import TrainingProgress, export_adapter
 from loramill.jobs.train.lr_schedule import learning_rate
 from loramill.jobs.train.methods import AdaptedModel, attach_adapter
 from loramill.jobs.train.methods.layers import adapted_linear

@@ -28,7 +28,7 @@ from loramill.errors import (
 )
 from loramill.jobs.train.batching import choose_batch
 from loramill.jobs.train.checkpoint import latest
-from loramill.jobs.train.loop import export_adapter
+from loramill.jobs.train.export.adapter import export_adapter
 
 from .tiny_training import random_examples, spec_of, tiny_model, train, train_and_export
 

@@ -9,7 +9,7 @@ from openai.types.fine_tuning.jobs.fine_tuning_job_checkpoint import Metrics
 from peft import PeftModel
 
 from loramill.errors import ArtifactMissing
-from loramill.jobs.train.loop import export_adapter
+from loramill.jobs.train.export.adapter import export_adapter
 
 from .tiny_training import random_examples, reference_loss, spec_of, tiny_model, train, train_and_export, write_files
 

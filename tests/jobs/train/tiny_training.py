@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from loramill.data.encoding import EncodedExample, EncodedPair, LabeledAnswer, TokenSpan, TrainingExample
 from loramill.jobs.train import loop
-from loramill.jobs.train.loop import TrainContext, TrainingProgress
+from loramill.jobs.train.context import TrainContext, TrainingProgress
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.types import JobSpec
 
 from ...llama import tiny_llama
@@ -95,7 +96,7 @@ def train_and_export(model: PreTrainedModel, spec: JobSpec, checkpoints: Path | 
         model, more.pop("train", random_examples(23)), more.pop("valid", []), spec, checkpoints=checkpoints, **more
     ):
         pass
-    return loop.export_adapter(checkpoints, spec, base="tiny")
+    return export_adapter(checkpoints, spec, base="tiny")
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:

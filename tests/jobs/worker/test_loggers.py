@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loramill.errors import SetupError
-from loramill.jobs.train.loop import TrainingProgress
+from loramill.jobs.train.context import TrainingProgress
 from loramill.jobs.worker.loggers import open_loggers
 
 from ..train.tiny_training import spec_of

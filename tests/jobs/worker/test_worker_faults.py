@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from transformers import PreTrainedModel
 
 from loramill.errors import DiskFull, LoramillError, OutOfMemory, TrainingDiverged, Unavailable
-from loramill.jobs.train.loop import TrainContext
+from loramill.jobs.train.context import TrainContext
 from loramill.jobs.worker import session as session_module
 from loramill.jobs.worker import worker as worker_module
 from loramill.jobs.worker.lease import Lease

@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from loramill.cli import app
 from loramill.cli.model_options import description_of
-from loramill.jobs.train.merge import MAX_KL
+from loramill.jobs.train.export.merge import MAX_KL
 from loramill.serve.api.schemas.generation import GenerationRequest
 from loramill.serve.api.schemas.tenants import FairShareRequest, LimitsRequest
 from loramill.settings import JobSettings, ServeSettings, Settings

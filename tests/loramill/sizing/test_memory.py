@@ -22,8 +22,9 @@ from transformers import (
 
 from loramill.data.encoding import EncodedExample
 from loramill.jobs.train import forward
+from loramill.jobs.train.context import TrainContext
 from loramill.jobs.train.forward import configured_forward, loss_and_accuracy, recomputed_layers
-from loramill.jobs.train.loop import TrainContext, train
+from loramill.jobs.train.loop import train
 from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards

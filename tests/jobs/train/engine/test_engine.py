@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from loramill.data.encoding import EncodedExample, TrainingExample
 from loramill.errors import OutOfMemory, TrainingDiverged
+from loramill.jobs.train.context import TrainingProgress
 from loramill.jobs.train.engine import Driver, TrainingEngine, Work
 from loramill.jobs.train.engine import engine as engine_module
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.jobs.train.forward import configured_forward, translate_oom
-from loramill.jobs.train.loop import TrainingProgress, TrainingRun, export_adapter
+from loramill.jobs.train.loop import TrainingRun
 from loramill.jobs.train.methods import attach_adapter
 from loramill.types import JobSpec
 

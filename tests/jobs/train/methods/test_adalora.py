@@ -16,7 +16,9 @@ from safetensors.torch import load, load_file
 
 from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid
-from loramill.jobs.train.loop import TrainContext, export_adapter, train
+from loramill.jobs.train.context import TrainContext
+from loramill.jobs.train.export.adapter import export_adapter
+from loramill.jobs.train.loop import train
 from loramill.jobs.train.methods import adalora, adapter_files, attach_adapter
 from loramill.jobs.train.methods.adalora import initial_rank, rank_budget
 from loramill.jobs.train.methods.peft_folder import modules_of, tensor_name

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from loramill.data.encoding import LabeledAnswer
 from loramill.jobs.train import loop
 from loramill.jobs.train.batching import count_supervised_tokens
+from loramill.jobs.train.context import TrainingProgress
+from loramill.jobs.train.export.adapter import export_adapter
 from loramill.jobs.train.objectives.losses import METRICS
 from loramill.jobs.train.objectives.preference import JudgedExample, PreferenceLoss, judged_examples
 
@@ -28,7 +30,7 @@ def preference_spec(objective: str, **changes: Any) -> Any:
     return spec_of(objective=objective, **{"learning_rate": 5e-3, "beta": 0.2} | changes)
 
 
-def run(objective: str, checkpoints: Path, valid: int = 0, **changes: Any) -> list[loop.TrainingProgress]:
+def run(objective: str, checkpoints: Path, valid: int = 0, **changes: Any) -> list[TrainingProgress]:
     spec = preference_spec(objective, **changes)
     examples, held_out = random_judged(objective, 23), random_judged(objective, valid, seed=1)
     return list(train(tiny_model(), examples, held_out, spec, checkpoints=checkpoints))
@@ -63,7 +65,7 @@ def test_the_reference_is_the_model_before_the_first_step(tmp_path, changes, exp
 
 
 def test_a_version_that_training_starts_from_is_its_reference(tmp_path):
-    files = loop.export_adapter(tmp_path / "sft", _trained("sft", tmp_path / "sft"), base="tiny")
+    files = export_adapter(tmp_path / "sft", _trained("sft", tmp_path / "sft"), base="tiny")
     start = write_files(tmp_path / "start", files)
     spec = preference_spec("dpo", start_from="v")
     first = next(train(tiny_model(), random_pairs(23), [], spec, checkpoints=tmp_path / "dpo", start_from=start))
@@ -118,7 +120,7 @@ def test_a_job_resumes_bit_exactly_without_the_reference_model(tmp_path, objecti
     resumed = [progress.metrics for progress in steps(tmp_path / "killed")]
     assert resumed == expected[3:]
     assert len(prepared) == (4 if objective == "kto" else 0)  # of three steps and a validation
-    exported = [loop.export_adapter(tmp_path / name, spec, base="tiny") for name in ("whole", "killed")]
+    exported = [export_adapter(tmp_path / name, spec, base="tiny") for name in ("whole", "killed")]
     assert exported[0] == exported[1]
 
 

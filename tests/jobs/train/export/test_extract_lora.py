@@ -13,11 +13,11 @@ from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from loramill.errors import InvalidRequest
-from loramill.jobs.train.extract_lora import ExtractionReport, extract_lora, low_rank_factors
+from loramill.jobs.train.export.extract_lora import ExtractionReport, extract_lora, low_rank_factors
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.types import TARGETS
 
-from .tiny_training import spec_of, tiny_model, write_files
+from ..tiny_training import spec_of, tiny_model, write_files
 
 
 def change_of(rows: int, columns: int, rank: int | None = None, seed: int = 0) -> torch.Tensor:

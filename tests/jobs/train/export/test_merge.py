@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from loramill.cli import app
 from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
-from loramill.jobs.train.merge import REPORT_FILE, MergeOptions, MergeReport, merge, merge_into, with_adapter
+from loramill.jobs.train.export.merge import REPORT_FILE, MergeOptions, MergeReport, merge, merge_into, with_adapter
 from loramill.jobs.train.methods.seeds import seeded
 from loramill.kernels import Batch
 from loramill.kernels.peft_folder import WEIGHTS_FILE, BaseModules, read_adapter
@@ -32,8 +32,8 @@ from loramill.serve.model import Chunk, load_decoder
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
-from ..conftest import base_of
-from .tiny_training import random_examples, spec_of
+from ...conftest import base_of
+from ..tiny_training import random_examples, spec_of
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from loramill.data.encoding import EncodedExample
 from loramill.errors import AdapterInvalid, Conflict, InvalidRequest
 from loramill.jobs.train.batching import count_supervised_tokens, group_for_passes, pack
+from loramill.jobs.train.export.hf import save_hf_model
 from loramill.jobs.train.forward import attention_window, configured_forward, supervised_logits
-from loramill.jobs.train.hf_export import save_hf_model
 from loramill.kernels import Delta
 from loramill.kernels.peft_folder import BaseModules, read_adapter
 from loramill.models.catalog import Base, load_for_training

@@ -1,0 +1,1 @@
+"""Versions and models from what was trained."""
