@@ -53,6 +53,7 @@ MARKERS = {
         "loramill/data/test_chat_template*",
         "loramill/local/*",
         "loramill/models/test_catalog*",
+        "loramill/models/test_smollm2*",
         "loramill/registry/*",
         "loramill/sizing/test_memory*",
         "pipelines/compare/test_run*",
