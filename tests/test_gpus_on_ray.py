@@ -51,5 +51,5 @@ def test_an_engine_and_its_sessions_are_placed_on_one_gpu():
     assert settings.jobs.sessions == 3
     engine = process(engine_options(settings)["num_gpus"])
     sessions = [process(settings.jobs.gpu_share) for _ in range(settings.jobs.sessions)]
-    assert ray.get([each.sees.remote() for each in (engine, *sessions)], timeout=60) == ["0"] * 4
+    assert ray.get([each.sees.remote() for each in (engine, *sessions)], timeout=300) == ["0"] * 4
     assert ray.available_resources().get("GPU", 0) < settings.jobs.gpu_share
