@@ -14,8 +14,8 @@ import ray
 def ray_cluster(**options: Any) -> Iterator[None]:
     """Starts a cluster for the block; `options` are those of `ray.init`."""
     # A process that has used Ray with tokens waits forever for answers of a cluster without, and the other way round.
-    # Workers have the priority of other processes, as in `loramill up`: with Ray's niceness of 15, they would have 3%
-    # of a core next to any other busy process.
+    # Workers run at normal priority, as in `loramill up`: at Ray's niceness of 15 they would get 3% of a core next to
+    # any other busy process.
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     ray.init(address="local", include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False, **options)
     try:

@@ -83,7 +83,9 @@ class Reconciler:
                 self._settle_from = time.monotonic() + OUTAGE_PAUSE_SECONDS + self._settings.lease_seconds
 
     def reconcile(self) -> None:
-        """Queues again the jobs whose leases ran out, and takes the next actions. For one thread at a time.
+        """Queues again the jobs whose leases ran out, and takes the next actions.
+
+        Not thread-safe: another thread would free a slot that this one has claimed but not yet started.
 
         Raises:
             Unavailable, DiskFull, DatabaseUnusable: the database can't be used.

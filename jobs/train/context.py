@@ -1,4 +1,4 @@
-"""What a training starts from, and what it reports after each step."""
+"""The inputs of a training run, and the progress that it reports after each step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loramill.types import JobSpec
 
 
 def never_stop() -> None:
-    """A stop check that never stops the training."""
+    """The default of `raise_if_stopped`: does nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,8 @@ class TrainContext:
             same progress.
         attach: attaches what is trained to the model; by default the adapter of the spec's method.
         deterministic: compute the same bits each time on a GPU, too.
-        validated_steps: steps after which the job is validated in addition to those of its spec.
+        validated_steps: steps after which the job is validated in addition to those of its spec. These validations can
+            set the best loss, but do not count toward `patience`.
     """
 
     spec: JobSpec

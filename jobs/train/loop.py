@@ -1,5 +1,7 @@
 """Trains one adapter on a resident base model. Plain torch and PEFT: no Ray, no registry.
 
+`TrainContext` is in `context.py`, and `export_adapter` in `export/adapter.py`:
+
     context = TrainContext(
         spec=spec, train_examples=examples, valid_examples=held_out, base_folder=base.folder, checkpoints=folder
     )
@@ -172,10 +174,10 @@ class TrainingRun:
         )
 
     def _validates_after(self, step: int) -> bool:
-        return self._counts_for_patience(step) or step in self._context.validated_steps
+        return self._is_scheduled_validation(step) or step in self._context.validated_steps
 
-    def _counts_for_patience(self, step: int) -> bool:
-        """Whether the job's own options validate after this step, and not only a rung of its sweep."""
+    def _is_scheduled_validation(self, step: int) -> bool:
+        """Whether the spec schedules a validation after this step; others do not count toward its patience."""
         interval = self._spec.eval_every or self._spec.checkpoint_every
         return step % interval == 0 or step == self._spec.steps
 
@@ -189,7 +191,7 @@ class TrainingRun:
             raise self._diverged(f"validation loss {loss}", [])
         may_be_best = state.step >= self.adapted.best_from_step
         better = may_be_best and (state.best_loss is None or loss < state.best_loss)
-        stale = 0 if better or not may_be_best else state.stale + self._counts_for_patience(state.step)
+        stale = 0 if better or not may_be_best else state.stale + int(self._is_scheduled_validation(state.step))
         return replace(
             state,
             figures=(state.figures or {}) | {f"valid_{name}": value for name, value in figures.items()},

@@ -31,7 +31,7 @@ from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings, Settings
 from loramill.types import JobRecord, JobSpec
 
-from ..databases import create_database
+from ..databases import create_sqlite_database
 
 WORDS = "one two three four five six seven eight".split()
 
@@ -61,7 +61,7 @@ class JobEnvironment:
         settings = Settings.load(
             home=home, cache=home / "cache", base=str(base), jobs=JobSettings.model_validate(quick | fields)
         )
-        create_database(settings.database)
+        create_sqlite_database(settings.database)
         return cls.opened(settings)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Adapters in training, the contract of `grouped_lora` one row at a time, and comparisons."""
+"""A reference for `grouped_lora` that computes one row at a time, with example adapters and comparisons."""
 
 import math
 
@@ -19,7 +19,7 @@ def trainable(r, d_in, d_out, dtype=torch.float32, **rest):
 
 
 def mask(seed, p, rows, d_in):
-    """The docstring's dropout of ones."""
+    """The dropout mask that the docstring of `grouped_lora` specifies, applied to ones."""
     words = torch.empty(math.ceil(rows * d_in / 4), dtype=torch.int64)
     words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
     steps = round(p * 2**16)
@@ -27,7 +27,7 @@ def mask(seed, p, rows, d_in):
     return kept / (1 - torch.tensor(steps / 2**16, dtype=torch.float64))
 
 
-def plainly(x, base, adapters, batch, bias=None):
+def row_by_row(x, base, adapters, batch, bias=None):
     """The contract one row at a time, for autograd."""
     owner = {row: run.slot for run in batch.runs for row in range(batch.rows)[run.rows]}
     masks = {}

@@ -24,7 +24,7 @@ TOKENS = 3000
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory, hermes_base: Base) -> Iterator[Settings]:
     home = tmp_path_factory.mktemp("redeployed")
-    # On a busy machine, the answers took two minutes.
+    # Answers can take longer on a busy machine than the default of 120 s.
     serving = {"port": free_port(), "max_sequences": 8, "drain_seconds": 600}
     settings = Settings.load(home=home, cache=home / "cache", base=str(hermes_base.folder), serve=serving)
     with ray_cluster(num_cpus=4):

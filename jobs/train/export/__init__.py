@@ -1,1 +1,1 @@
-"""Versions and models from what was trained."""
+"""Exports what was trained: adapter files, merged and full models, and a LoRA extracted from a full fine-tune."""

@@ -1,4 +1,4 @@
-"""An adapter's files, from the checkpoints of its training."""
+"""Exports an adapter's files from the checkpoints of its job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: b
             also of a job that is still in training.
 
     Raises:
-        ArtifactMissing: there is no checkpoint, or the job's result was requested before its end.
+        ArtifactMissing: there is no checkpoint, or `best` is set and the job has not finished.
         ArtifactCorrupt: a checkpoint can't be read.
     """
     data = load_checkpoint_to_export(checkpoints, spec, best=best)

@@ -20,7 +20,7 @@ from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, tenants
 from loramill.types import JobSpec, RetentionPolicy, VersionRecord
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 
 OFF, DAY = RetentionPolicy(), 86400.0
 
@@ -28,7 +28,7 @@ OFF, DAY = RetentionPolicy(), 86400.0
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     database = f"sqlite:///{tmp_path / 'loramill.db'}"
-    create_database(database)
+    create_sqlite_database(database)
     opened = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with opened.writing() as session:
         tenants.create(session, "acme")

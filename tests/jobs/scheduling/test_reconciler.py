@@ -17,7 +17,7 @@ from loramill.registry.jobs import worker_slots
 from loramill.settings import JobSettings
 from loramill.types import Executor, JobRecord, JobSpec, JobStatus
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 from ...waiting import eventually
 
 
@@ -44,7 +44,7 @@ def no_slot_expires_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    create_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
+    create_sqlite_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

@@ -78,7 +78,7 @@ def test_an_early_stop_ends_the_job_with_its_best_weights(tmp_path: Path) -> Non
     assert loss.item() == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_validations_at_the_rungs_of_a_sweep_leave_the_patience_as_it_is(tmp_path: Path) -> None:
+def test_validations_at_the_rungs_of_a_sweep_do_not_count_toward_patience(tmp_path: Path) -> None:
     spec = spec_of(steps=40, eval_every=2, patience=2, learning_rate=0.1, schedule="constant", keep="best")
     fields = {"checkpoints": tmp_path, "validated_steps": range(1, 41)}
     points = list(train(tiny_model(), random_examples(8), HELD_OUT, spec, **fields))

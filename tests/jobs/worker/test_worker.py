@@ -27,7 +27,7 @@ from loramill.settings import JobSettings
 from loramill.types import JobRecord, JobSpec, JobStatus
 
 from ...chat_templates import GRANITE3
-from ...databases import create_database
+from ...databases import create_sqlite_database
 from ...hermes import SETTINGS, hermes_tokenizer
 
 ROWS = b"".join(
@@ -47,7 +47,7 @@ def model(base: Base) -> torch.nn.Module:
 @pytest.fixture
 def worker(tmp_path: Path, base: Base, model: torch.nn.Module) -> Worker:
     database = f"sqlite:///{tmp_path / 'loramill.db'}"
-    create_database(database)
+    create_sqlite_database(database)
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

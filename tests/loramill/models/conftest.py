@@ -1,4 +1,4 @@
-"""A small folder that passes for a Hugging Face model."""
+"""A tiny model folder, changes to its configuration, and Python in a subprocess."""
 
 from __future__ import annotations
 

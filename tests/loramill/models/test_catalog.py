@@ -121,6 +121,12 @@ def test_an_unreadable_folder(folder: Path, tmp_path: Path) -> None:
         find_base(str(folder), tmp_path / "cache")
 
 
+def test_a_mixture_of_experts_is_not_quantized(folder: Path, tmp_path: Path) -> None:
+    change(folder, architectures=["Qwen3MoeForCausalLM"])
+    with pytest.raises(BaseUnusable, match="mixture of experts"):
+        find_base(str(folder), tmp_path / "cache", "nf4")
+
+
 def test_a_model_that_does_not_fit_its_configuration(base: Base, folder: Path) -> None:
     with pytest.raises(BaseUnusable, match="can't be loaded"):
         load_for_training(replace(base, folder=folder), torch.float32)

@@ -52,12 +52,6 @@ def test_the_fingerprint_changes_with_weights_and_mathematics(folder: Path, tmp_
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_a_mixture_of_experts_is_not_quantized(folder: Path, tmp_path: Path) -> None:
-    change(folder, architectures=["Qwen3MoeForCausalLM"])
-    with pytest.raises(BaseUnusable, match="mixture of experts"):
-        find_base(str(folder), tmp_path / "cache", "nf4")
-
-
 def test_only_windows_in_use_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     def changed(**keys: object) -> str:
         change(folder, **keys)

@@ -9,7 +9,7 @@ import pytest
 from loramill.registry import Registry, datasets, migrate, tenants
 from loramill.types import JobSpec
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 from ...postgresql import PostgreSQL
 
 FINGERPRINT = "b" * 64
@@ -53,7 +53,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     """A migrated, empty database."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path / 'loramill.db'}"
-        create_database(url)
+        create_sqlite_database(url)
         yield url
         return
     server = request.getfixturevalue("postgresql_server")

@@ -18,7 +18,7 @@ from loramill.registry import Registry, adapters, datasets, jobs, nightly, tenan
 from loramill.submission.defaults import LEARNING_RATE
 from loramill.types import JobSpec, VersionRecord
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 
 NAME = AdapterName("acme", "support")
 
@@ -36,7 +36,7 @@ NEW = [row(f"new question {i}", "new") for i in range(40)]
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     database = f"sqlite:///{tmp_path / 'record.db'}"
-    create_database(database)
+    create_sqlite_database(database)
     registry = Registry.open(database, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

@@ -16,7 +16,7 @@ from loramill.pipelines.nightly.promote import promote_all
 from loramill.registry import Registry, adapters, nightly, tenants
 from loramill.types import StepStatus, VersionRecord
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 
 FIRST, SECOND = "1" * 64, "2" * 64
 
@@ -24,7 +24,7 @@ FIRST, SECOND = "1" * 64, "2" * 64
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
     url = f"sqlite:///{tmp_path / 'loramill.db'}"
-    create_database(url)
+    create_sqlite_database(url)
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     yield registry
     registry.close()

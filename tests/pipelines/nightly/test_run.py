@@ -31,7 +31,7 @@ from loramill.registry import Registry, adapters, datasets, deletion, jobs, nigh
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 
 
 class Cluster:
@@ -133,7 +133,7 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, base: Base, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     settings = Settings.load(home=tmp_path)
-    create_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
+    create_sqlite_database(url := f"sqlite:///{tmp_path / 'loramill.db'}")
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         for tenant in ("acme", "bolt"):

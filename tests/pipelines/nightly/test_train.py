@@ -26,7 +26,7 @@ from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.submission.submit import SubmissionContext, Submitter, check_request, queue
 from loramill.types import GpuInfo, JobRecord, JobSpec, VersionRecord
 
-from ...databases import create_database
+from ...databases import create_sqlite_database
 
 
 class Cluster:
@@ -104,7 +104,7 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, base: Base, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     url = f"sqlite:///{tmp_path / 'loramill.db'}"
-    create_database(url)
+    create_sqlite_database(url)
     registry = Registry.open(url, (tmp_path / "artifacts").as_uri())
     with registry.writing() as session:
         tenants.create(session, "acme")

@@ -29,7 +29,7 @@ from loramill.registry import Registry, adapters, tenants
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
-from ....databases import create_database
+from ....databases import create_sqlite_database
 from ....llama import tiny_llama, write_base
 
 
@@ -150,7 +150,7 @@ def test_existing_files_are_not_overwritten(workdir: Path) -> None:
 
 def publish(folder: Path, name: str, base: str) -> tuple[Registry, str]:
     settings = Settings.load()
-    create_database(settings.database)
+    create_sqlite_database(settings.database)
     registry = Registry.open(settings.database, settings.artifacts)
     artifact = registry.artifacts.put({file.name: file for file in folder.iterdir()})
     with registry.writing() as session:
