@@ -8,7 +8,6 @@ decides the same.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from concurrent.futures import Executor as ThreadPool
 from concurrent.futures import Future
@@ -128,18 +127,27 @@ class _Sweep:
         return True
 
     def _report(self, index: int, progress: TrainingProgress, state: RunState) -> None:
-        """Reports a step. The job is as far as its slowest candidate, and its losses are those of the best so far."""
+        """Reports a step of a candidate."""
         self._progress[index] = progress
         self._note(index, state)
-        live = self._standing().live
-        best = min(live, key=lambda each: self._candidates[each].rung_losses[-1:] or (math.inf,))
-        shown = replace(
-            self._progress.get(best, progress),
-            step=min(self._candidates[each].step for each in live),
-            trained_tokens=sum(each.trained_tokens for each in self._candidates),
-        )
         self._lease.report_metrics(progress, index + 1)
-        self._lease.report_progress(shown)
+        self._report_job()
+
+    def _report_job(self) -> None:
+        """Reports the job: it is as far as its slowest candidate, and its losses are those of the best so far."""
+        live = self._standing().live
+        best = min(
+            (index for index in live if index in self._progress),
+            key=lambda each: self._candidates[each].rung_losses[: self._decided][-1:],
+            default=None,  # no candidate has taken a step in this attempt
+        )
+        if best is not None:
+            shown = replace(
+                self._progress[best],
+                step=min(self._candidates[each].step for each in live),
+                trained_tokens=sum(each.trained_tokens for each in self._candidates),
+            )
+            self._lease.report_progress(shown)
         self._lease.report_sweep(tuple(self._candidates))
 
     def _note(self, index: int, state: RunState) -> None:
@@ -203,7 +211,7 @@ class _Sweep:
         if standing.decided == len(self._ladder):
             for index in standing.live:
                 self._change(index, state="best")
-        self._lease.report_sweep(tuple(self._candidates))
+        self._report_job()
 
     def _record(self, standing: halving.Standing) -> None:
         """Writes what is decided; runs in a thread."""

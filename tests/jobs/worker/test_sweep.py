@@ -50,6 +50,13 @@ def run_session(environment: JobEnvironment, *queued: JobRecord) -> None:
     run_jobs(environment.worker(), should_stop=lambda _: all(environment.now(job).status.final for job in queued))
 
 
+def last_loss(environment: JobEnvironment, job: JobRecord, candidate: SweepCandidate) -> float:
+    """The training loss of a candidate's last step."""
+    with environment.registry.reading() as session:
+        data = [event.data for event in jobs.list_events(session, job.id)]
+    return float([row["train_loss"] for row in data if row.get("candidate") == candidate.number][-1])
+
+
 def losses_alone(environment: JobEnvironment, job: JobRecord) -> list[float]:
     """The lowest validation loss of each candidate, trained alone to the end."""
     lowest = []
@@ -79,7 +86,8 @@ def test_the_best_candidate_becomes_the_version_and_the_table_is_kept(environmen
     assert best.values.items() <= done.spec.model_dump().items() and done.spec.candidates == job.spec.candidates
     origin = json.loads(environment.registry.artifacts.read(done.version or "", "loramill.json"))
     assert origin["spec"] == done.spec.model_copy(update={"candidates": ()}).model_dump(mode="json")
-    # The tokens are those of all candidates; the metrics, those of the best.
+    # The tokens are those of all candidates; the losses and metrics, those of the best.
+    assert (done.valid_loss, done.loss) == (best.valid_loss, last_loss(environment, job, best))
     assert done.trained_tokens == sum(each.trained_tokens for each in done.sweep)
     with environment.registry.reading() as session:
         steps = [line.split(",")[0] for line in results.metrics_csv(session, job.id).decode().splitlines()]
