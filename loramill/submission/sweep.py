@@ -59,15 +59,16 @@ def check_sweep(sweep: Mapping[str, Sequence[object]]) -> None:
             )
         if len(values) < 2:
             raise _refusal(f"'{name}' has {len(values) or 'no'} value: give at least two, or set the option instead.")
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                raise _refusal(f"'{name}' has the value {value} twice: remove one.")
     count = prod(map(len, sweep.values()))
     if not sweep or count > MAX_CANDIDATES:
         raise _refusal(
             f"The sweep has {count if sweep else 'no'} candidates, one per combination of values; it may have 2 to "
             f"{MAX_CANDIDATES}."
         )
+    for name, values in sweep.items():
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise _refusal(f"'{name}' has the value {value} twice: remove one.")
 
 
 def candidate_requests(request: JobRequest) -> list[JobRequest]:

@@ -81,7 +81,7 @@ def submit(
 
     The gateway fills in defaults for omitted options; `loramill jobs show JOB` shows them.
     """
-    options["sweep"] = "; ".join(options["sweep"] or ()) or None
+    options["sweep"] = "; ".join(options["sweep"]) if options["sweep"] else None
     job_options = {
         name: from_text(name, value) if isinstance(value, str) else value
         for name, value in drop_none({**options, "columns": columns, "valid_columns": valid_columns}).items()

@@ -65,6 +65,7 @@ REFUSED: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"rank": []}, {}, "'rank' has no value"),
     ({"rank": [8, 16, 8]}, {}, "'rank' has the value 8 twice"),
     ({"rank": list(range(1, 66))}, {}, "has 65 candidates"),
+    ({"rank": [8, 8] * 33}, {}, "has 66 candidates"),  # before equal values are searched, in quadratic time
     ({"rank": list(range(1, 14)), "alpha": [1.0, 2.0, 3.0, 4.0, 5.0]}, {}, "it may have 2 to 64"),
     ({"rnak": [8, 16]}, {}, "did you mean 'rank'"),
     ({"steps": [8, 16]}, {}, "'steps' can't differ"),
