@@ -59,9 +59,10 @@ def kernels(
     record: Record = False,
 ) -> None:
     """Measure the kernels on one thread (about three minutes)."""
-    from loramill_bench.kernels import run
+    from loramill_bench.kernels import rivals, run
 
-    _run_benchmark(lambda: run(device, only, _report), json, check, record, device)
+    other_versions = rivals.versions() if device == "cuda" else ()
+    _run_benchmark(lambda: run(device, only, _report), json, check, record, device, other_versions=other_versions)
 
 
 @app.command()

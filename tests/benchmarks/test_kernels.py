@@ -304,7 +304,7 @@ def test_nan_on_the_gpu_is_the_worst_error(monkeypatch: pytest.MonkeyPatch, inde
 
 
 def test_timings_on_the_gpu_are_one_row_per_contender(monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = cuda.Timing("o 4096 -> 4096", cuda.Case(8, 8, 16), 7.0, 8.0, None, 5.0, 40.0, None, 20.0)
+    timing = cuda.Timing("o 4096 -> 4096", cuda.Case(8, 8, 16), 7.0, 8.0, None, 5.0, 40.0, 20.0)
     monkeypatch.setattr(cuda, "timings", lambda cases: [timing] if cases == [timing.case] else [])
     results = on_cuda.groups()["cuda 8/8/16"]()
     assert {result.case: (result.value, result.floor) for result in results} == {

@@ -457,12 +457,6 @@ def test_the_floor_counts_live_adapters_and_the_rows_once():
     assert cuda.floor_bytes(site, case, 2) == sum(tensor.nbytes for tensor in moved)
 
 
-def test_the_bench_measures_the_punica_operators_only_if_installed(monkeypatch):
-    problem = cuda.random_problem(Site(48, ("o",), (32,)), cuda.Case(2, 2, 4), torch.float32, "cpu")
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
-    assert cuda.punica_operators(problem) is None
-
-
 def test_the_bench_has_a_fused_time_only_where_the_kernel_could_run():
     site = Site(48, ("o",), (32,))
     assert cuda.fused_launch(cuda.random_problem(site, cuda.Case(20, 1, 4), torch.float32, "cpu")) is None

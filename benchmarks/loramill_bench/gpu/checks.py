@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from loramill_bench.gpu.stage import Context
-from loramill_bench.kernels import cuda, cuda_attention, cuda_training
+from loramill_bench.kernels import cuda, cuda_attention, cuda_training, rivals
 from loramill_bench.results import Result
 
 _MODULES = ("cuda", "cuda_attention", "cuda_decoder", "cuda_training")
@@ -82,8 +82,6 @@ def time_kernels(context: Context) -> Iterator[Result]:
             us = timing.us if timing.graph_us is None else timing.graph_us
             yield Result(f"gpu kernels lora {name}", us, "us", floor=timing.floor_us)
             yield Result(f"gpu kernels against gather + bmm, {name}", timing.gather_us / us, "x")
-            if timing.punica_us is not None:
-                yield Result(f"gpu kernels against vLLM, {name}", timing.punica_us / us, "x")
             yield Result(f"gpu kernels: base, {name}", timing.linear_us, "us")
     for attention in cuda_attention.CASES:
         found = cuda_attention.timing(attention)
@@ -93,3 +91,14 @@ def time_kernels(context: Context) -> Iterator[Result]:
         timed = cuda_training.timing(layer)
         yield Result(f"gpu kernels training {layer}", timed.us, "us", floor=timed.floor_us)
         yield Result(f"gpu kernels against transformers, {layer}", timed.unfused_us / timed.us, "x")
+    yield from compare_with_rivals()
+
+
+def compare_with_rivals() -> Iterator[Result]:
+    """Adapters against the operators of vLLM and SGLang, where installed; NaN where they could not be compared.
+
+    Last in the stage: their imports and kernels take longest, and one that fails can break the GPU's context.
+    """
+    for each in rivals.comparisons(_CASES):
+        step = f"{each.case.rows}/{each.case.adapters}/{each.case.rank} {each.site}"
+        yield Result(f"gpu kernels against {each.rival}, {step}{each.remark}", each.us / each.ours_us, "x")

@@ -15,6 +15,7 @@ from loramill_bench.gpu.bases import has_bitsandbytes
 from loramill_bench.gpu.runner import StageReport, run_stage, run_stages
 from loramill_bench.gpu.stage import Stage
 from loramill_bench.gpu.stages import STAGES
+from loramill_bench.kernels import rivals
 from loramill_bench.results_csv import COLUMNS, append_results, results_file
 
 
@@ -128,7 +129,7 @@ def _write_rows(reports: Sequence[StageReport], options: argparse.Namespace) -> 
     own = options.out / "rows.csv"
     own.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     for file in (own, results_file(Path(__file__).resolve().parent)) if options.record else (own,):
-        append_results(file, results, "cuda", baselines, commit=options.commit)
+        append_results(file, results, "cuda", baselines, rivals.versions(), commit=options.commit)
 
 
 def _print(text: str) -> None:

@@ -6,8 +6,6 @@ Times are medians of replays of a CUDA graph between two events, with a cold L2 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -62,7 +60,6 @@ class Timing:
         fused_us: Time of the kernel that shrinks and expands in one launch; None: it does not support the case.
         floor_us: Time of copying as many bytes as the step must read and write.
         gather_us: Time of gathering each row's matrices, followed by torch.bmm.
-        punica_us: Time of vLLM's Punica operators; None: not installed.
         linear_us: Time of the base's linear.
     """
 
@@ -73,7 +70,6 @@ class Timing:
     fused_us: float | None
     floor_us: float
     gather_us: float
-    punica_us: float | None
     linear_us: float
 
     @property
@@ -183,7 +179,6 @@ def timings(
         weight = torch.randn(sum(site.widths), site.d_in, device="cuda", dtype=dtype)
         for case in steps:
             problem = random_problem(site, case, dtype, "cuda")
-            punica = punica_operators(problem)
             fused = fused_launch(problem)
             yield Timing(
                 site=name(site),
@@ -193,7 +188,6 @@ def timings(
                 fused_us=None if fused is None else median_us(fused),
                 floor_us=floor_bytes(site, case, dtype.itemsize) / bandwidth * 1e6,
                 gather_us=median_us(partial(gather_bmm, problem)),
-                punica_us=None if punica is None else median_us(punica),
                 linear_us=median_us(partial(F.linear, problem.x, weight)),
             )
 
@@ -328,26 +322,6 @@ def gather_bmm(problem: Problem) -> None:
         h = torch.bmm(a[problem.owner], problem.x[:, :, None])
         part += torch.bmm(b[problem.owner], h)[:, :, 0]
         column += b.shape[1]
-
-
-def punica_operators(problem: Problem) -> Callable[[], None] | None:
-    """vLLM's shrink and expand (vllm/lora/ops/triton_ops); None if vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    operators = importlib.import_module("vllm.lora.ops.triton_ops")
-    meta = operators.LoRAKernelMeta.make(len(problem.a[0]), len(problem.x), device=problem.x.device)
-    meta.prepare_tensors(problem.owner.int())
-    # Newer versions have a further argument: whether the grid covers only the active adapters.
-    more = [True] * (len(inspect.signature(meta.meta_args).parameters) - 1)
-    arguments = meta.meta_args(len(problem.x), *more)
-    a, b = list(problem.a), list(problem.b)
-    h = torch.empty(len(a), len(problem.x), a[0].shape[1], dtype=torch.float32, device=problem.x.device)
-
-    def run() -> None:
-        operators.lora_shrink(problem.x, a, h, *arguments, 1.0)
-        operators.lora_expand(h, b, problem.y, *arguments, offset_start=0, add_inputs=True)
-
-    return run
 
 
 def copy_bandwidth() -> float:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from loramill_bench.kernels import cuda, cuda_attention, cuda_decoder, cuda_training
+from loramill_bench.kernels import cuda, cuda_attention, cuda_decoder, cuda_training, rivals
 from loramill_bench.results import Result
 
 
@@ -37,13 +37,14 @@ def _check_results(name: str, source: ModuleType, dtype: torch.dtype) -> list[Re
 
 def _lora_results(case: cuda.Case) -> list[Result]:
     results = []
+    floor_us = {}
     for timing in cuda.timings([case]):
+        floor_us[timing.site] = timing.floor_us
         contenders = {
             "lora": timing.us,
             "lora in a graph for any batch": timing.graph_us,
             "lora in one launch": timing.fused_us,
             "gather + bmm": timing.gather_us,
-            "vLLM's Punica": timing.punica_us,
             "base": timing.linear_us,
         }
         results += [
@@ -53,6 +54,10 @@ def _lora_results(case: cuda.Case) -> list[Result]:
             for name, us in contenders.items()
             if us is not None
         ]
+    results += [
+        Result(f"{_case_name(case)} {each.site}: {each.rival}{each.remark}", each.us, "us", floor=floor_us[each.site])
+        for each in rivals.comparisons([case])
+    ]
     return results
 
 
