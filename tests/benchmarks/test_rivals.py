@@ -95,9 +95,13 @@ def qkv_lora_b_fwd(x, qkv_lora_b, batch_info, output_offset, max_qkv_out_dim, ba
     return expand(x, qkv_lora_b, batch_info, output_offset.tolist(), base_output, batch_info.bs)
 """,
     "kernels/ops/lora/dense/chunked_sgmv_shrink.py": """
+import os
+
 from sglang.computed import shrink
 
 def chunked_sgmv_lora_shrink_forward(x, weights, batch_info, num_slices):
+    # SGLang's search for compiled kernels ignores the rank.
+    assert os.environ["SGLANG_USE_CUSTOM_TRITON_KERNEL_CACHE"] == "0"
     # The block of rows, which tl.dot takes.
     assert batch_info.max_len in (16, 32, 64, 128)
     return shrink(x, weights, batch_info, num_slices, batch_info.num_segments)
@@ -113,8 +117,13 @@ def chunked_sgmv_lora_expand_forward(
 """,
 }
 VLLM = {
+    "lora/ops/triton_ops/utils.py": """
+_LORA_A_PTR_DICT, _LORA_B_PTR_DICT = {}, {}
+""",
     "lora/ops/triton_ops/__init__.py": """
 import torch
+
+from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _LORA_B_PTR_DICT
 
 class LoRAKernelMeta:
     @classmethod
@@ -128,10 +137,13 @@ class LoRAKernelMeta:
         return self.owner[:token_nums], specialize_active_lora
 
 def lora_shrink(inputs, lora_a_weights, output_tensor, owner, specialized, scaling):
+    # By addresses, which allocators use again; here by what the sites have in common.
+    lora_a_weights = _LORA_A_PTR_DICT.setdefault("a", lora_a_weights)
     for a, h in zip(lora_a_weights, output_tensor):
         h.copy_(scaling * torch.einsum("nd,nrd->nr", inputs, a[owner]))
 
 def lora_expand(inputs, lora_b_weights, output_tensor, owner, specialized, offset_start=0, add_inputs=False):
+    lora_b_weights = _LORA_B_PTR_DICT.setdefault("b", lora_b_weights)
     for b, h in zip(lora_b_weights, inputs):
         part = output_tensor[:, offset_start : offset_start + b.shape[1]]
         part.copy_(part * add_inputs + torch.einsum("nr,nwr->nw", h, b[owner]))
@@ -159,6 +171,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
         (info / "top_level.txt").write_text(f"{package}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SGLANG_USE_CUSTOM_TRITON_KERNEL_CACHE", "")  # restored afterwards
     forget()
     yield tmp_path
     forget()

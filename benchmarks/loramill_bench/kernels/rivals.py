@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, product
@@ -134,6 +135,9 @@ def _difference(run: Callable[[], None], problem: Problem) -> float:
 def vllm_punica(problem: Problem) -> Callable[[], None]:
     """vLLM's shrink and expand (vllm/lora/ops/triton_ops)."""
     operators = importlib.import_module("vllm.lora.ops.triton_ops")
+    # They keep strides by the addresses of matrices, also of those of a step that is over.
+    for kept in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        getattr(importlib.import_module("vllm.lora.ops.triton_ops.utils"), kept).clear()
     meta = operators.LoRAKernelMeta.make(len(problem.a[0]), len(problem.x), device=problem.x.device)
     meta.prepare_tensors(problem.owner.int())
     # Newer versions have a further argument: whether the grid covers only the active adapters.
@@ -186,6 +190,9 @@ def sglang_csgmv(problem: Problem) -> Callable[[], None]:
 
 
 def _sglang(module: str) -> Any:
+    """A module with operators of SGLang; compiled kernels are found by Triton."""
+    # SGLang's own search ignores the rank, which is the same for a whole server.
+    os.environ["SGLANG_USE_CUSTOM_TRITON_KERNEL_CACHE"] = "0"
     return importlib.import_module(f"{_SGLANG}.{module}")
 
 
