@@ -148,7 +148,7 @@ def quality(
 ) -> None:
     """Train on real tenants' data with default options, and score answers to test questions (about one hour)."""
     from loramill.settings import Settings
-    from loramill_bench.quality import run
+    from loramill_bench.quality.run import run
 
     _run_benchmark(lambda: run(tenants, Settings.load(), only, _report), json, check)
 

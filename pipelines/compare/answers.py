@@ -98,13 +98,14 @@ class TransformersAnswerer:
 
 
 def quality(answerer: Answerer, examples: Sequence[Example], tokenizer: ChatTokenizer, report: Report) -> Score:
-    """Scores the answers to all test examples.
-
-    An answer may have half as many tokens again as its reference: a model that rambles then costs little.
-    """
-    lengths = [len(tokenizer.encode_text(example.completion)) for example in examples]
-    texts = answerer.answer(examples, [length * 3 // 2 + 8 for length in lengths], report)
+    """Scores the answers to all test examples."""
+    texts = answerer.answer(examples, answer_limits(examples, tokenizer), report)
     return score(texts, [example.completion for example in examples])
+
+
+def answer_limits(examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[int]:
+    """Maximum tokens per answer: half as many again as its reference has. A model that rambles then costs little."""
+    return [len(tokenizer.encode_text(example.completion)) * 3 // 2 + 8 for example in examples]
 
 
 def token_seconds(answerers: Mapping[str, Answerer], example: Example, device: str) -> dict[str, float]:

@@ -9,11 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from loramill.errors import InvalidRequest, JobError
+from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.types import ComparisonRow, Task
 from loramill.pipelines.nightly.scoring import Score
 from loramill.settings import Settings
-from loramill_bench import quality
 from loramill_bench.cli import app
+from loramill_bench.quality import preferences
+from loramill_bench.quality import run as quality
+from loramill_bench.quality.preferences import PreferenceScores
 
 LORA = {"clinc-travel": 0.95, "clinc-banking": 0.85, "sgd-hotels1": 0.5, "e2e-restaurants": 0.4}
 OTHER = {"lora": 0.0, "qlora": -0.03, "dora": 0.01, "adalora": -0.021}
@@ -44,8 +47,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
         assert {task.subject for task in tasks.values()} == {"lora"}
         return {tenant: Score(200, LORA[tenant], 0.02, 0.37) for tenant in tasks}
 
+    def preferred(task: Task, report) -> PreferenceScores:
+        assert task.subject == "lora"
+        good = task.train.parent.name == "clinc-travel"
+        return PreferenceScores(0.95 if good else 0.85, supervised=0.96, preferred=0.945 if good else 0.935)
+
     monkeypatch.setattr(quality, "run_task", run)
     monkeypatch.setattr(quality, "train_and_score", together)
+    monkeypatch.setattr(quality, "tune_and_score", preferred)
     return tasks
 
 
@@ -73,6 +82,15 @@ def test_all_defaults_are_trained_once_and_compared_with_the_targets(tenants: Pa
         "clinc-banking together: exact match": False,
         "sgd-hotels1 together: exact match": True,
         "e2e-restaurants together: rouge l": False,
+    }
+    preferences = {name: each.met for name, each in found.items() if "preferences" in name}
+    assert preferences == {
+        "clinc-travel preferences: reward accuracy": True,
+        "clinc-travel preferences: exact match": None,
+        "clinc-travel preferences: above supervised": True,
+        "clinc-banking preferences: reward accuracy": False,
+        "clinc-banking preferences: exact match": None,
+        "clinc-banking preferences: above supervised": False,
     }
 
 
@@ -103,3 +121,33 @@ def test_check_exits_with_1_if_a_target_is_missed(only: str, code: int, tenants:
     assert result.exit_code == code, result.output
     assert ("Missed targets" in result.stderr) == bool(code)
     assert json.loads(file.read_text())[0]["target"] == 0.9
+
+
+def test_preferences_are_trained_from_the_supervised_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real base, engine and trainer, on a few examples and steps."""
+    colors = {"red": "alpha", "blue": "kilo", "green": "tango", "white": "sierra"}
+    rows = [
+        {"messages": [{"role": "user", "content": f"a {color} {thing}"}, {"role": "assistant", "content": code}]}
+        for color, code in colors.items()
+        for thing in ("mug", "rope")
+    ]
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(preferences, "_dpo_spec", shortened(preferences._dpo_spec))
+    task = Task(
+        subject="lora",
+        base=NAME,
+        cache=Settings.load().cache,
+        **{name: tmp_path / f"{name}.jsonl" for name in ("train", "valid", "test")},
+        folder=tmp_path,
+        steps=30,
+        learning_rate=2e-3,
+        serving=False,
+    )
+    scores = preferences.tune_and_score(task, lambda stage: None)
+    assert scores.reward_accuracy >= 0.9
+    assert scores.supervised > 0 < scores.preferred  # the base answers none of these
+
+
+def shortened(spec_of):
+    return lambda data, examples: spec_of(data, examples).model_copy(update={"steps": 4, "eval_every": 4})

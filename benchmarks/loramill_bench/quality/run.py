@@ -1,4 +1,4 @@
-"""Quality of the answers after training with default options on real tenants' data: `loramill-bench quality`."""
+"""What is trained and scored, and its targets. Every training has a job's default options."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.run import run_task
 from loramill.pipelines.compare.types import TITLES, Task, Tuning
 from loramill.settings import Settings
+from loramill_bench.quality.preferences import tune_and_score
+from loramill_bench.quality.together import train_and_score
 from loramill_bench.results import Result, run_groups
-from loramill_bench.shared_quality import train_and_score
 
 Metric = Literal["exact_match", "rouge_l"]
 
@@ -27,6 +28,10 @@ TARGETS: dict[str, tuple[Metric, float]] = {
 }
 #: Percentage points by which other methods may be worse than LoRA.
 ALLOWED_LOSS_POINTS: dict[Tuning, float] = {"qlora": 3, "dora": 2, "adalora": 2}
+#: Tenants whose preferences are trained.
+PREFERENCE_TENANTS = ("clinc-travel", "clinc-banking")
+#: The lowest reward accuracy on held-out pairs, and the percentage points of exact match that DPO may lose.
+REWARD_ACCURACY, ALLOWED_LOSS_BY_DPO = 0.9, 2
 _FILES = ("train", "valid", "test")
 
 Score = Callable[[str, Tuning], float]
@@ -62,6 +67,10 @@ def run(tenants: Path, settings: Settings, only: str, report: Callable[[str], ob
             for method in ("lora", *ALLOWED_LOSS_POINTS)
         }
         groups["together"] = partial(_results_together, tenants, Path(folder), settings, report)
+        groups |= {
+            f"{tenant} preferences": partial(_results_of_preferences, tenants, Path(folder), settings, tenant, report)
+            for tenant in PREFERENCE_TENANTS
+        }
         return run_groups(groups, only, report)
 
 
@@ -86,6 +95,21 @@ def _results_together(tenants: Path, folder: Path, settings: Settings, report: C
     return [
         Result(f"{tenant} together: {metric.replace('_', ' ')}", getattr(scores[tenant], metric), "", target, "higher")
         for tenant, (metric, target) in TARGETS.items()
+    ]
+
+
+def _results_of_preferences(
+    tenants: Path, folder: Path, settings: Settings, tenant: str, report: Callable[[str], object]
+) -> list[Result]:
+    """DPO from the version of supervised training."""
+    task = _task(tenants, folder / "preferences", settings, tenant, "lora")
+    task.folder.mkdir(parents=True)
+    scores = tune_and_score(task, report)
+    points = 100 * (scores.preferred - scores.supervised)
+    return [
+        Result(f"{tenant} preferences: reward accuracy", scores.reward_accuracy, "", REWARD_ACCURACY, "higher"),
+        Result(f"{tenant} preferences: exact match", scores.preferred, ""),
+        Result(f"{tenant} preferences: above supervised", points, "points", -ALLOWED_LOSS_BY_DPO, "higher"),
     ]
 
 

@@ -1,0 +1,1 @@
+"""Quality of the answers after training on real tenants' data: `loramill-bench quality`."""
