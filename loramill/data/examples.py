@@ -129,7 +129,7 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
             problems.add(str(bad), f"{unit} {line}")
             continue
         if examples and _format(example) != _format(examples[0]):
-            problem = f"it has another format than {unit} {examples[0].line}; use one format per file: {_FORMATS_HINT}."
+            problem = f"it has another format than {unit} {examples[0].line}; use one format per file."
             problems.add(problem, f"{unit} {line}")
             continue
         examples.append(example)
