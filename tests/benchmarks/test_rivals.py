@@ -16,7 +16,8 @@ import torch
 pytest.importorskip("triton")
 
 from loramill.kernels.adapters.packing import Site
-from loramill_bench.gpu import checks, criteria
+from loramill_bench.gpu import criteria
+from loramill_bench.gpu.stages import checks
 from loramill_bench.kernels import cuda, on_cuda, rivals
 
 SITES = (

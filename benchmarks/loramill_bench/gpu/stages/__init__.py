@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loramill_bench.gpu import checks, engine, logits, machine, quantized, tenants, training
 from loramill_bench.gpu.stage import Stage
+from loramill_bench.gpu.stages import checks, engine, logits, machine, quantized, tenants, training
 
 #: 9 minutes in all. What is right comes before what is fast, and what compiles kernels comes first of all.
 STAGES = (
