@@ -263,6 +263,7 @@ class TrainingRun:
             training=training,
             recompute=training and spec.gradient_checkpointing,
             dropout_key=seed_of(spec.seed, "dropout", self.state.step, rank, number) if training else None,
+            raise_if_stopped=self._context.raise_if_stopped,
         )
 
     def _save(self) -> None:

@@ -94,6 +94,7 @@ class Driver(Generic[T]):
             timeout_seconds: how long to wait if no client is ready for a pass.
         """
         self._collect_futures(timeout_seconds)
+        self._stop_clients()
         waiting = [name for name, client in self._waiting.items() if isinstance(client.waits_for, Part)]
         if waiting:
             self._run(waiting)
@@ -131,6 +132,15 @@ class Driver(Generic[T]):
         for name, future in futures.items():
             if future.done():
                 self._advance(self._waiting.pop(name), future.exception() or future.result())
+
+    def _stop_clients(self) -> None:
+        """Ends the wait of clients that should stop: many passes of others may come before theirs."""
+        for name, client in list(self._waiting.items()):
+            if isinstance(client.waits_for, Part):
+                try:
+                    client.waits_for.raise_if_stopped()
+                except Exception as error:  # noqa: BLE001 - whatever it is, this client alone gets it
+                    self._advance(self._waiting.pop(name), error)
 
     def _part(self, name: str) -> Part:
         part = self._waiting[name].waits_for

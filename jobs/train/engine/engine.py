@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class TrainingEngine:
         try:
             return list(self._run_pass(parts))
         except Exception as error:  # noqa: BLE001 - whatever it is, the owner of the part gets it
+            clear_frames(error.__traceback__)  # they keep the activations, which take memory from the next passes
             if len(parts) == 1:
                 return [error]
             log.warning("a pass of %d adapters failed; computing it in two: %r", len(parts), error)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from loramill.jobs.train.batching import PackedRows
+from loramill.jobs.train.context import never_stop
 from loramill.jobs.train.forward import Predictions
 from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.kernels.batch import Slot
@@ -32,6 +33,7 @@ class Part:
         dropout_key: from which the masks of the adapter's dropout follow; None: no dropout.
         backward: takes the loss and computes its gradients, instead of `torch.autograd`; such a part has its pass for
             itself.
+        raise_if_stopped: called before each pass while the part waits for one; its error takes the place of the pass's.
     """
 
     adapter: AdaptedModel
@@ -42,6 +44,7 @@ class Part:
     recompute: bool = False
     dropout_key: int | None = None
     backward: Callable[[torch.Tensor], None] | None = None
+    raise_if_stopped: Callable[[], None] = never_stop
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from loramill.data.encoding import EncodedExample, TrainingExample
-from loramill.errors import OutOfMemory, TrainingDiverged
+from loramill.errors import JobPaused, OutOfMemory, TrainingDiverged
 from loramill.jobs.train.context import TrainingProgress
 from loramill.jobs.train.engine import Driver, TrainingEngine, Work
 from loramill.jobs.train.engine import engine as engine_module
@@ -43,9 +44,9 @@ class Job:
     leaves: int | None = None
 
 
-def work_of(model: PreTrainedModel, job: Job, folder: Path) -> Work[list[TrainingProgress]]:
+def work_of(model: PreTrainedModel, job: Job, folder: Path, **fields: Any) -> Work[list[TrainingProgress]]:
     """All steps of a job, from its last checkpoint."""
-    context, points = context_of(job.examples, job.valid, job.spec, checkpoints=folder), []
+    context, points = context_of(job.examples, job.valid, job.spec, checkpoints=folder, **fields), []
     with translate_oom(256, 20), attach_adapter(model, job.spec, NOWHERE) as adapted:
         run = TrainingRun(model, adapted, context)
         run.resume()
@@ -231,6 +232,46 @@ def test_a_job_without_memory_for_itself_fails_alone(
     assert isinstance(outcomes["1"], OutOfMemory)
     monkeypatch.undo()
     assert files(tmp_path / "0", jobs[0]) == files_alone(model, jobs[0], tmp_path / "alone")
+
+
+def test_a_pass_without_memory_keeps_none_from_the_next(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [replace(job(0), examples=[EncodedExample((5,) * 200, 40)]), job(1)]
+    own, failed = engine_module.predict, list[weakref.ref[Any]]()
+
+    def scarce(called: Any, base: Any, parts: Sequence[Any]) -> Any:
+        predictions = own(called, base, parts)
+        if any(part.tokens.shape[1] >= 150 for part in parts) or any(each() is not None for each in failed):
+            failed.append(weakref.ref(predictions[0].states))
+            raise MemoryError
+        return predictions
+
+    monkeypatch.setattr(engine_module, "predict", scarce)
+    outcomes = train_together(model, jobs, tmp_path)
+    assert isinstance(outcomes["0"], OutOfMemory) and len(failed) == 2
+    assert len(outcomes["1"]) == jobs[1].spec.steps  # type: ignore[arg-type]
+
+
+def test_a_job_that_should_stop_waits_for_no_further_pass(model: PreTrainedModel, tmp_path: Path) -> None:
+    jobs, stopped = [job(number) for number in range(3)], list[JobPaused]()
+
+    def raise_if_stopped() -> None:
+        for error in stopped:
+            raise error
+
+    with driver_of(model, pass_tokens=1) as driver:
+        for number, each in enumerate(jobs):
+            fields = {"raise_if_stopped": raise_if_stopped} if number == 2 else {}
+            driver.start(str(number), "acme", work_of(model, each, tmp_path / str(number), **fields))
+        while not (tmp_path / "2").exists():
+            assert not driver.run_pass(0)
+        driver.run_pass(0)
+        stopped.append(JobPaused("paused"))
+        assert [(each.name, each.error) for each in driver.run_pass(0)] == [("2", stopped[0])]
+        driver.close()
+    train_together(model, jobs, tmp_path)
+    assert files(tmp_path / "2", jobs[2]) == files_alone(model, jobs[2], tmp_path / "alone")
 
 
 def test_a_job_that_leaves_resumes_to_the_same_bits(model: PreTrainedModel, tmp_path: Path) -> None:
