@@ -188,7 +188,7 @@ class _Session:
         return attempt.error
 
     def _job(self, job: JobRecord, lease: Lease) -> Work[None]:
-        """`run_job` by shared passes. Other jobs train while this one's data is read and its version is stored."""
+        """`run_job` by shared passes. Other jobs train while this one's data is read and its versions are stored."""
         worker = self._worker
         context = yield self._background.submit(training_context, worker, job, lease.raise_if_stopped)
         if job.spec.candidates:
@@ -196,6 +196,9 @@ class _Session:
         else:
             with reported_steps(worker, job, lease) as report, open_run(worker.model(), context) as run:
                 while not run.state.finished:
-                    report((yield from run.advance()))
+                    progress = yield from run.advance()
+                    report(progress)
+                    if progress.valid_loss is not None:
+                        yield self._background.submit(publish.checkpoint, worker, job, progress)
             yield self._background.submit(publish.version, worker, job, lease.last_progress)
         remove_checkpoints(worker, job)

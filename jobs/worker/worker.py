@@ -176,20 +176,20 @@ def run_job(worker: Worker, job: JobRecord, lease: Lease) -> None:
     ):
         for progress in steps:
             report(progress)
+            if progress.valid_loss is not None:
+                publish.checkpoint(worker, job, progress)
     publish.version(worker, job, lease.last_progress)
     remove_checkpoints(worker, job)
 
 
 @contextmanager
 def reported_steps(worker: Worker, job: JobRecord, lease: Lease) -> Iterator[Callable[[TrainingProgress], None]]:
-    """Within, the yielded function reports a step to the registry and the loggers, and publishes its checkpoint."""
+    """Within, the yielded function reports a step to the registry and the loggers."""
     loggers = open_loggers(worker.settings.loggers, run=job.id, spec=job.spec, folder=worker.logs)
 
     def report(progress: TrainingProgress) -> None:
         lease.report(progress)
         log_progress(progress)
-        if progress.valid_loss is not None:
-            publish.checkpoint(worker, job, progress)
 
     try:
         with loggers as log_progress:

@@ -18,6 +18,7 @@ from sqlalchemy import select, update
 
 from loramill.jobs.train.engine import engine as engine_module
 from loramill.jobs.train.engine.engine import TrainingEngine
+from loramill.jobs.worker import publish
 from loramill.jobs.worker import session as session_module
 from loramill.jobs.worker.admission import SessionMemory
 from loramill.jobs.worker.lease import Lease
@@ -204,6 +205,33 @@ def test_a_job_stops_while_the_others_train(
         with environment.registry.writing() as session:
             jobs.cancel(session, other.id)
     assert environment.now(other).status is JobStatus.CANCELLED
+
+
+def test_the_others_train_while_a_checkpoint_is_stored(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing, stored, ended = threading.Event(), threading.Event(), threading.Event()
+    checkpoint = publish.checkpoint
+
+    def slow(*args: Any) -> None:
+        storing.set()
+        assert stored.wait(120)
+        checkpoint(*args)
+
+    monkeypatch.setattr(publish, "checkpoint", slow)
+    validated = environment.submit("acme/a", steps=4, valid=environment.data("acme"))
+    other = environment.submit("umbra/a", steps=100_000)
+    with in_thread(lambda: run_jobs(environment.worker(), should_stop=lambda _: ended.is_set())):
+        assert storing.wait(60)
+        for _ in range(2):  # the first heartbeat may report a step from before
+            before = environment.now(other).step
+            eventually(lambda before=before: environment.now(other).step > before)
+        stored.set()
+        eventually(lambda: environment.now(validated).status.final)
+        ended.set()
+        with environment.registry.writing() as session:
+            jobs.cancel(session, other.id)
+    assert outcome(environment, validated) == (JobStatus.SUCCEEDED, 1)
 
 
 def test_memory_that_runs_out_shrinks_the_pass_and_costs_no_attempt(
