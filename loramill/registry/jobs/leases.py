@@ -187,7 +187,8 @@ def fail(
     """Ends an attempt with an error: queues the job again if `retry` and attempts are left, otherwise fails it.
 
     A job with a pending cancel is cancelled whatever the error. A job that ran out of memory is tried once more with
-    half as many tokens per forward pass, whatever `retry` is.
+    half as many tokens per forward pass, and then, if it shared its session, once without other jobs, whatever `retry`
+    is.
 
     Args:
         backoff_seconds: delay before the first retry; it doubles with each further one, see `queue.backoff_delay`.
@@ -268,7 +269,8 @@ def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
     elif row.pending_action == "pause":
         transitions.pause(session, row)
     elif row.shared and not row.alone and (lost_twice or no_attempts_left):
-        transitions.retry_alone(session, row)
+        reason = f"The worker of attempt {row.attempt} disappeared again after step {row.step}."
+        transitions.retry_alone(session, row, reason)
     elif no_attempts_left:
         message = (
             f"Job {row.id} was started {row.attempt} times and its worker disappeared each time, last {row.owner} "

@@ -107,10 +107,16 @@ def fail(session: Session, row: JobRow, error: LoramillError) -> None:
 
 
 def retry_with_smaller_microbatch(session: Session, row: JobRow, error: OutOfMemory) -> None:
-    """Queues a job that ran out of memory once more, with half as many tokens per forward pass; then fails it."""
+    """Queues a job that ran out of memory once more, with half as many tokens per forward pass; then fails it.
+
+    If other jobs shared its session, their memory may be the cause: it then has a session for itself before it fails.
+    """
     spec = JobSpec.model_validate(row.spec)
     if row.micro_tokens is not None or spec.micro_tokens == 1:
-        fail(session, row, error)
+        if row.shared and not row.alone:
+            retry_alone(session, row, f"Attempt {row.attempt} ran out of memory: {error.message}")
+        else:
+            fail(session, row, error)
         return
     row.micro_tokens, row.lost_step = spec.micro_tokens // 2, None
     stop(session, row, JobStatus.QUEUED)
@@ -123,13 +129,13 @@ def retry_with_smaller_microbatch(session: Session, row: JobRow, error: OutOfMem
     )
 
 
-def retry_alone(session: Session, row: JobRow) -> None:
-    """Queues a job whose session vanished with several jobs for a session of its own; this uses up no attempt."""
+def retry_alone(session: Session, row: JobRow, reason: str) -> None:
+    """Queues a job for a session of its own, since its last one had several jobs; this uses up no attempt."""
     row.alone, row.returned, row.lost_step = True, row.attempt, None
     stop(session, row, JobStatus.QUEUED)
     message = (
-        f"The worker of attempt {row.attempt} disappeared again after step {row.step}. It trained several jobs, and "
-        "any of them may be the cause: the next attempt has a session for itself."
+        f"{reason} Its worker trained several jobs, and any of them may be the cause: the next attempt has a session "
+        "for itself."
     )
     add_event(session, row, message, level="warn")
 

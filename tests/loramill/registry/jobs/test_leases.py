@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramill.errors import Conflict, NotFound, QuotaExceeded, TrainingDiverged, Unavailable
+from loramill.errors import Conflict, NotFound, OutOfMemory, QuotaExceeded, TrainingDiverged, Unavailable
 from loramill.registry import Registry, adapters, datasets, jobs, tenants
 from loramill.registry.jobs import queue
 from loramill.registry.jobs.leases import _reclaim
@@ -88,6 +88,17 @@ def test_jobs_of_a_session_that_vanished_twice_are_tried_alone_with_all_attempts
     assert [lose_shared(registry, [job], 4, "w3")[0].micro_tokens for _ in range(2)] == [None, 128]
     assert lose_shared(registry, [job], 4, "w3")[0].status is JobStatus.FAILED
     assert not do(registry, jobs.retry, job.id).alone
+
+
+def test_a_job_without_memory_next_to_others_is_tried_alone_before_it_fails(registry, job, make_spec):
+    other = do(registry, jobs.submit, make_spec("acme/bot"), {})
+    do(registry, jobs.lease, "w1", now=NOW, seconds=10, max_attempts=3, job_id=other.id)
+    after = []
+    for attempt in (1, 2, 3):
+        do(registry, jobs.lease, "w1", now=NOW, seconds=10, max_attempts=3, job_id=job.id)
+        failed = do(registry, jobs.fail, job.id, attempt, OutOfMemory("no room"), retry=False)
+        after.append((failed.status, failed.micro_tokens, failed.alone))
+    assert after == [(JobStatus.QUEUED, 128, False), (JobStatus.QUEUED, 128, True), (JobStatus.FAILED, 128, True)]
 
 
 def test_losses_of_shared_sessions_without_progress_fail_no_job(registry, job, make_spec):
