@@ -134,7 +134,7 @@ def soak(
     Exits with status 1 if an answer is lost, late, duplicated or different from the answer to the request alone, if an
     invariant is violated, or if memory grows.
     """
-    from loramill_bench.engine.soak import soak as run
+    from loramill_bench.soak.run import soak as run
 
     _run_benchmark(lambda: run(_built_in_base(), 60 * minutes, _print_note, seed=seed), json, check=True)
 

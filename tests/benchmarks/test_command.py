@@ -22,9 +22,9 @@ from loramill_bench import cli as command
 from loramill_bench import engine as engine_bench
 from loramill_bench import http
 from loramill_bench import kernels as bench
-from loramill_bench.engine import soak
 from loramill_bench.kernels import Model, Result
 from loramill_bench.results_csv import COLUMNS, results_file
+from loramill_bench.soak import run as soak
 from loramill_bench.training import run as train_bench
 
 MET = Result("lora 8/8/16: added", 0.2341, "of base", 0.25, "lower", 0.12)

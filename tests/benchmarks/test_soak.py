@@ -19,10 +19,11 @@ from loramill.serve.engine.request_table import RequestTable
 from loramill.serve.engine.scheduling import scheduler
 from loramill.serve.engine.scheduling.block_pool import BlockPool, root_key
 from loramill_bench.engine import harness as harnesses
-from loramill_bench.engine import memory, tracker
-from loramill_bench.engine import soak as soaks
-from loramill_bench.engine.soak import soak
+from loramill_bench.engine import memory
 from loramill_bench.results import Result
+from loramill_bench.soak import run as soaks
+from loramill_bench.soak import tracker
+from loramill_bench.soak.run import soak
 
 VOCABULARY = 101
 

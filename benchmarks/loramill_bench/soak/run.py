@@ -19,10 +19,12 @@ from loramill.errors import EngineFault
 from loramill.models.catalog import Base
 from loramill.serve.engine import Engine, Output, Request
 from loramill.serve.model import load_decoder
-from loramill_bench.engine import memory, tracker
+from loramill_bench.engine import memory
 from loramill_bench.engine.harness import Harness, write_adapters
-from loramill_bench.engine.tracker import AnswerTracker, Canary, ExpectedAnswer
-from loramill_bench.engine.traffic import (
+from loramill_bench.results import Result
+from loramill_bench.soak import tracker
+from loramill_bench.soak.tracker import AnswerTracker, Canary, ExpectedAnswer
+from loramill_bench.soak.traffic import (
     Clients,
     RequestGenerator,
     load_errors_hidden,
@@ -30,7 +32,6 @@ from loramill_bench.engine.traffic import (
     truncate_rank,
     unreliable_source,
 )
-from loramill_bench.results import Result
 
 _ADAPTERS, _CANARIES = 8, 12
 #: Seconds between two progress reports, and between two checks of memory and invariants.

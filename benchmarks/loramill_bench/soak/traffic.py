@@ -19,7 +19,7 @@ from loramill.errors import ModelNotFound, Overloaded
 from loramill.kernels import backend
 from loramill.serve.engine import AdapterSource, Engine, EngineConfig, Request, SamplingParams
 from loramill_bench.engine.harness import RANK, Harness, weights_file
-from loramill_bench.engine.tracker import AnswerTracker, Canary
+from loramill_bench.soak.tracker import AnswerTracker, Canary
 
 _VERSIONS, _TENANTS = 64, 5
 #: Maximum open answers per wave: from an engine that is mostly idle to one that has to refuse requests.

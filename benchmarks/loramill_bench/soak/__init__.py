@@ -1,0 +1,1 @@
+"""Serves random requests and checks every answer: `loramill-bench soak`."""
