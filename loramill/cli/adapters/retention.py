@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from loramill.cli.arguments import AdapterArgument, JsonFlag, TenantOption, YesFlag
 from loramill.cli.confirm import confirm
@@ -56,9 +57,10 @@ def set_retention(
     )
     if (bool(given), keep_all, default).count(True) > 1:
         raise typer.BadParameter("--keep-all, --default and the numbers exclude each other; give one of them.")
+    policy = None if default else _read_policy(given)
     with Client() as client:
         if given or keep_all or default:
-            adapter: AdapterRecord = client.adapters.set_retention(name, None if default else RetentionPolicy(**given))
+            adapter: AdapterRecord = client.adapters.set_retention(name, policy)
         else:
             adapter = client.adapters.get(name)
     if json:
@@ -68,6 +70,15 @@ def set_retention(
     else:
         kept = adapter.retention.model_dump(exclude_none=True)
         print_fields([(field, f"{value:g}") for field, value in kept.items()] or [("kept", "everything")])
+
+
+def _read_policy(given: Mapping[str, float]) -> RetentionPolicy:
+    try:
+        return RetentionPolicy.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{problem['msg']}.", param_hint=f"--{option}") from error
 
 
 def prune_adapters(

@@ -86,8 +86,8 @@ def test_the_commands_set_list_and_remove(
     monkeypatch.setenv("LORAMILL_API_KEY", site.key(tenant))
     assert "of the settings" in ok("adapters", "retention", name).output
     assert "keep_versions  1" in ok("adapters", "retention", name, "--keep-versions", "1").stdout
-    refused = loramill("adapters", "retention", name, "--keep-versions", "1", "--keep-all")
-    assert refused.exit_code == 2
+    for wrong in (("--keep-versions", "1", "--keep-all"), ("--keep-versions", "0"), ("--version-days", "nan")):
+        assert loramill("adapters", "retention", name, *wrong).exit_code == 2
     assert [each["version"] for each in json_output("adapters", "prune", "--dry-run")] == [versions[1]]
     shown = ok("adapters", "prune", "--dry-run")
     assert versions[1][:8] in shown.stdout and "1 B" in shown.stdout and "newest version" in shown.stdout
