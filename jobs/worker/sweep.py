@@ -81,9 +81,11 @@ class _Sweep:
         return f"{folder}/{name}" if isinstance(folder, str) else folder / name
 
     def train(self) -> Work[int]:
-        """Trains the candidates until one is left; returns its index."""
-        live = self._standing().live
-        if live and self._decided < len(self._ladder):
+        """Trains the candidates until one is left; returns its index.
+
+        If the best is known already, and its last checkpoint still exists, nothing is left to train.
+        """
+        if live := self._standing().live:
             yield Together([self._candidate(index) for index in live])
         if self._error is not None:
             raise self._error

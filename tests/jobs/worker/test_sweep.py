@@ -17,10 +17,11 @@ import torch
 from loramill.errors import DiskFull, TrainingDiverged
 from loramill.jobs.train import checkpoint
 from loramill.jobs.train.loop import TrainingRun
+from loramill.jobs.worker import publish
 from loramill.jobs.worker.admission import SessionMemory, may_join
 from loramill.jobs.worker.lease import Lease
 from loramill.jobs.worker.session import run_jobs
-from loramill.jobs.worker.worker import run_next_job
+from loramill.jobs.worker.worker import Worker, remove_checkpoints, run_next_job
 from loramill.registry import jobs
 from loramill.registry.jobs import results
 from loramill.sizing import anatomy, find_config
@@ -206,6 +207,31 @@ def test_an_error_of_the_store_ends_the_attempt_and_another_one_resumes(
     done = environment.now(job)
     assert failures and (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
     assert sorted(each.step for each in done.sweep) == [8, 8, 32, 32]
+
+
+@pytest.mark.parametrize("checkpoints_left", [True, False])
+def test_a_sweep_is_published_after_an_outage(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, checkpoints_left: bool
+) -> None:
+    """Without the checkpoints, which are removed a week after a failure, the best one is trained again."""
+    version, failures = publish.version, []
+
+    def away(worker: Worker, job: JobRecord, *args: Any) -> None:
+        if not failures:
+            failures.append(job.id)
+            if not checkpoints_left:
+                remove_checkpoints(worker, job)
+            raise DiskFull("No space left.")
+        version(worker, job, *args)
+
+    monkeypatch.setattr(publish, "version", away)
+    job = submit_sweep(environment)
+    run_session(environment, job)
+    done = environment.now(job)
+    assert failures and (done.status, done.attempt, done.step) == (JobStatus.SUCCEEDED, 2, 16)
+    assert sorted(each.state for each in done.sweep) == ["best", "dropped", "dropped", "dropped"]
+    steps = [text for text in environment.messages(job) if "The best of" in text]
+    assert len(steps) == 1
 
 
 def test_a_sweep_fails_once_all_candidates_have(environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
