@@ -142,9 +142,9 @@ class Lease:
             except LeaseLost as error:
                 self._stop = error
                 return
-            except LoramillError as error:
+            except Exception as error:  # noqa: BLE001 - without heartbeats the job would train in vain
                 if not away:
-                    log.warning("job %s: the heartbeat did not reach the database: %s", self._job.id, error.message)
+                    log.warning("job %s: the heartbeat did not reach the database: %s", self._job.id, error)
                 away = True
                 continue
             away = False

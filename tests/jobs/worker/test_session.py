@@ -293,3 +293,23 @@ def test_a_lost_lease_ends_that_job_alone(environment: JobEnvironment, monkeypat
     run_session(environment, other)
     assert outcome(environment, other) == (JobStatus.SUCCEEDED, 1)
     assert environment.now(lost).status is JobStatus.RUNNING  # until the lease runs out
+
+
+def test_heartbeats_continue_after_an_error_of_any_kind(
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, failed, heartbeat = environment.submit(steps=100_000), threading.Event(), Lease._heartbeat
+
+    def unreliable(lease: Lease) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError
+        return heartbeat(lease)
+
+    monkeypatch.setattr(Lease, "_heartbeat", unreliable)
+    worker = environment.worker(settings=environment.settings.jobs.model_copy(update={"lease_seconds": 600.0}))
+    with in_thread(lambda: run_jobs(worker, should_stop=lambda _: environment.now(job).status.final)):
+        assert failed.wait(60)
+        with environment.registry.writing() as session:
+            jobs.cancel(session, job.id)
+        eventually(lambda: environment.now(job).status is JobStatus.CANCELLED)
