@@ -49,6 +49,11 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lora+": {"method": "lora", "loraplus_lr_ratio": LORAPLUS_LR_RATIO},
 }
 
+#: What a job has in common with the adapter that it continues.
+_ADAPTER_FIELDS = (
+    "method", "rank", "alpha", "rank_pattern", "alpha_pattern", "rslora", "targets", "layers", "init_rank",
+)  # fmt: skip
+
 #: Options that are not fields of a spec, or that a spec writes in another form.
 _NOT_IN_SPEC = {
     "start_from", "quantization", "method", "targets", "layers", "train_on", "priority", "executor", "sweep",
@@ -63,7 +68,9 @@ _PARAM_OF_FIELD = {
 }
 
 
-def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str | None = None) -> JobSpec:
+def resolve_spec(
+    request: JobRequest, base: Base, examples: int, start_from: str | None = None, continued: JobSpec | None = None
+) -> JobSpec:
     """Chooses a value for every "auto".
 
     Args:
@@ -71,6 +78,8 @@ def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str
         base: its base.
         examples: number of examples in the training file, at least 1.
         start_from: the version that `request.options.start_from` names.
+        continued: spec of the job that made that version: method, rank, alpha, targets and layers are its by default.
+            None: it was imported, or there is none.
 
     Raises:
         InvalidRequest: a value is out of its range; `param` names it.
@@ -95,6 +104,8 @@ def resolve_spec(request: JobRequest, base: Base, examples: int, start_from: str
     }
     if base.architecture in EXPERT_ARCHITECTURES:
         chosen["targets"] = ATTENTION_TARGETS
+    if continued is not None:
+        chosen |= _adapter_fields(continued)
     chosen |= _method_defaults(options) | _schedule_defaults(request, examples) | _alpha_defaults(options)
     requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
     try:
@@ -148,6 +159,12 @@ def _base_learning_rate(method: str | None, objective: Objective | None) -> floa
     default = PREFERENCE_LEARNING_RATE if objective in ("dpo", "kto") else LEARNING_RATE
     rate: float = METHOD_DEFAULTS.get(method or "", {}).get("learning_rate", default)
     return rate
+
+
+def _adapter_fields(continued: JobSpec) -> dict[str, Any]:
+    """The fields of a job's adapter. The one extracted after full fine-tuning is continued as LoRA."""
+    fields = {name: getattr(continued, name) for name in _ADAPTER_FIELDS}
+    return fields | ({"method": "lora"} if continued.method == "full" else {})
 
 
 def _method_defaults(options: LoramillOptions) -> dict[str, Any]:

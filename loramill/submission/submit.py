@@ -26,7 +26,7 @@ from loramill.submission.objectives import check_kind
 from loramill.submission.references import find_file, named_by
 from loramill.submission.request import JobRequest
 from loramill.submission.sweep import candidate_requests, combine
-from loramill.types import Executor, JobRecord, JobSpec
+from loramill.types import Executor, JobRecord, JobSpec, VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,11 @@ def check_request(session: Session, request: JobRequest, context: SubmissionCont
     train = find_file(session, request.train, tenant, "training_file")
     if request.valid:
         find_file(session, request.valid, tenant, "validation_file")
-    start_from = _find_start(session, base, request.adapter, request.options.start_from)
+    start = _find_start(session, base, request.adapter, request.options.start_from)
+    continued = jobs.get(session, start.job).spec if start and start.job else None
     candidates = candidate_requests(request)
-    spec = combine([resolve_spec(each, base, train.examples, start_from) for each in candidates])
+    start_id = start.id if start else None
+    spec = combine([resolve_spec(each, base, train.examples, start_id, continued) for each in candidates])
     return check_spec(
         session,
         spec,
@@ -190,7 +192,7 @@ def queue(session: Session, job: CheckedJob, submitter: Submitter) -> JobRecord:
     return record
 
 
-def _find_start(session: Session, base: Base, name: AdapterName, selector: str | None) -> str | None:
+def _find_start(session: Session, base: Base, name: AdapterName, selector: str | None) -> VersionRecord | None:
     """The version that a job continues from."""
     if selector is None:
         return None
@@ -207,7 +209,7 @@ def _find_start(session: Session, base: Base, name: AdapterName, selector: str |
             f"{name.at(version.id)} was trained on another base than '{base.name}'; leave 'start_from' out.",
             param="loramill.start_from",
         )
-    return version.id
+    return version
 
 
 def _choose_executor(spec: JobSpec, cost: float, settings: JobSettings, requested: Executor | None) -> Executor:

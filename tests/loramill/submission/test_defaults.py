@@ -128,6 +128,23 @@ def test_start_from_is_the_version_that_was_looked_up() -> None:
     assert spec.start_from == "v"
 
 
+@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
+def test_a_job_that_continues_a_version_has_its_adapter_by_default(method: str) -> None:
+    first = resolve(method=method, rank=4, alpha=12, rslora=method == "dora", targets="q_proj", layers="0-1")
+    request = JobRequest(AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion"))
+    spec = resolve_spec(request, base(), 160, "v", first)
+    assert spec.method == ("lora" if method == "full" else method)
+    for field in ("rank", "alpha", "rslora", "targets", "layers"):
+        assert getattr(spec, field) == getattr(first, field)
+    assert spec.learning_rate == 1e-3
+
+    request = JobRequest(
+        AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion", method="lora", rank=32)
+    )
+    spec = resolve_spec(request, base(), 160, "v", first)
+    assert (spec.method, spec.rank, spec.alpha, spec.targets) == ("lora", 32, 64, ("q_proj",))
+
+
 def test_a_small_context_bounds_the_examples() -> None:
     assert resolve(context=256).max_length == 256
     with pytest.raises(InvalidRequest, match="256") as caught:

@@ -93,13 +93,13 @@ class Site:
         auth = {"authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=auth | headers, trust_env=False)
 
-    def publish(self, adapter: str, content: str) -> str:
-        """Records a version, without a job; returns its id."""
+    def publish(self, adapter: str, content: str, job: str | None = None) -> str:
+        """Records a version, made by a job or imported; returns its id."""
         version = hashlib.sha256(content.encode()).hexdigest()
         with self.registry.writing() as session:
             adapters.get_or_create(session, AdapterName.parse(adapter))
             record = VersionRecord(
-                id=version, adapter=adapter, job=None, base=self.base.fingerprint, bytes=1, created_at=time.time()
+                id=version, adapter=adapter, job=job, base=self.base.fingerprint, bytes=1, created_at=time.time()
             )
             adapters.add_version(session, record)
         return version

@@ -76,6 +76,17 @@ def test_create_with_everything(client: OpenAI, site: Any, tenant: str, file: st
     assert (spec["targets"], spec["start_from"]) == (["q_proj", "v_proj"], champion)
 
 
+def test_a_job_continues_a_version_with_the_rank_of_its_job(client: OpenAI, site: Any, tenant: str, file: str) -> None:
+    def create(**options: Any) -> Any:
+        return client.fine_tuning.jobs.create(
+            model="tiny", training_file=file, suffix="support", extra_body={"loramill": options}
+        )
+
+    champion = site.publish(f"{tenant}/support", f"{tenant} v1", job=create(rank=4, method="dora").id)
+    spec = create(start_from="champion").loramill["spec"]
+    assert (spec["start_from"], spec["method"], spec["rank"], spec["alpha"]) == (champion, "dora", 4, 8.0)
+
+
 @pytest.mark.parametrize(("batch_size", "steps"), [(8, 2), (32, 1), (11, 1), (1, 11)])
 def test_epochs_are_shown_as_requested(client: OpenAI, jsonl: Any, batch_size: int, steps: int) -> None:
     file = client.files.create(file=("eleven.jsonl", jsonl(11)), purpose="fine-tune").id
