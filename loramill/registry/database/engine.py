@@ -38,8 +38,8 @@ _CONNECT: Mapping[str, Any] = {
 _LOG_SECONDS = 10.0
 _LAST_LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
-# SQLSTATE classes: connection, resources, login, unknown database, shutdown.
-_UNREACHABLE = ("08", "53", "28", "3D", "57P")
+# SQLSTATE classes: connection, resources, login, unknown database, shutdown or a statement that took too long.
+_UNREACHABLE = ("08", "53", "28", "3D", "57")
 
 
 def parse_url(text: str) -> URL:

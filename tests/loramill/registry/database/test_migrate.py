@@ -253,6 +253,14 @@ def test_a_lost_connection_is_unavailable_and_then_restored(registry, database_u
         assert tenants.list_tenants(session) == []
 
 
+def test_a_statement_that_the_server_cancels_is_unavailable(registry, database_url):
+    if not database_url.startswith("postgresql"):
+        pytest.skip("about PostgreSQL")
+    with pytest.raises(Unavailable, match="try again"), registry.writing() as session:
+        session.execute(text("SET LOCAL statement_timeout = 20"))
+        session.execute(text("SELECT pg_sleep(60)"))
+
+
 def test_a_lock_that_is_never_released_is_unavailable(tmp_path):
     path = tmp_path / "loramill.db"
     migrate(f"sqlite:///{path}")
