@@ -135,19 +135,20 @@ class Lease:
         return self._last
 
     def _run_heartbeats(self) -> None:
-        pause, away = min(HEARTBEAT_SECONDS, self._settings.lease_seconds / 4), False
+        pause, failing = min(HEARTBEAT_SECONDS, self._settings.lease_seconds / 4), False
         while not self._ended.wait(pause):
             try:
                 pending_action = self._heartbeat()
             except LeaseLost as error:
                 self._stop = error
                 return
-            except Exception as error:  # noqa: BLE001 - without heartbeats the job would train in vain
-                if not away:
-                    log.warning("job %s: the heartbeat did not reach the database: %s", self._job.id, error)
-                away = True
+            except Exception as error:  # of any kind: without heartbeats, the lease runs out while the job trains
+                if not failing:
+                    unexpected = not isinstance(error, LoramillError)
+                    log.warning("job %s: heartbeats fail and are retried: %s", self._job.id, error, exc_info=unexpected)
+                failing = True
                 continue
-            away = False
+            failing = False
             # Heartbeats continue while the job writes its last checkpoint.
             self._stop = _stop_error(self._job.id, pending_action)
 

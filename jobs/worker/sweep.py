@@ -83,7 +83,7 @@ class _Sweep:
     def train(self) -> Work[int]:
         """Trains the candidates until one is left; returns its index.
 
-        If the best is known already, and its last checkpoint still exists, nothing is left to train.
+        If an earlier attempt has found the best, it is trained again only if its checkpoints are gone.
         """
         if live := self._standing().live:
             yield Together([self._candidate(index) for index in live])
@@ -136,7 +136,10 @@ class _Sweep:
         self._report_job()
 
     def _report_job(self) -> None:
-        """Reports the job: it is as far as its slowest candidate, and its losses are those of the best so far."""
+        """Reports the job: it is as far as its slowest candidate, and its losses are those of its best candidate.
+
+        The best had the lowest loss at the last rung that is decided; before that, it is the first that took a step.
+        """
         live = self._standing().live
         best = min(
             (index for index in live if index in self._progress),

@@ -199,7 +199,10 @@ class JobRecord(FrozenModel):
     executor: Executor = "session"
     not_before: float | None = Field(default=None, description="Earliest time of a retry.")
     micro_tokens: int | None = Field(default=None, description="Replaces the spec's value after running out of memory.")
-    alone: bool = Field(default=False, description="Whether it needs a session for itself, after its workers vanished.")
+    alone: bool = Field(
+        default=False,
+        description="Whether it needs a session for itself, after shared ones vanished or ran out of memory.",
+    )
     step: int = 0
     trained_tokens: int = 0
     loss: float | None = Field(default=None, description="Loss of the last step, in nats per token.")

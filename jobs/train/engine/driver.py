@@ -134,7 +134,7 @@ class Driver(Generic[T]):
                 self._advance(self._waiting.pop(name), future.exception() or future.result())
 
     def _stop_clients(self) -> None:
-        """Ends the wait of clients that should stop: many passes of others may come before theirs."""
+        """Stops clients whose part waits, since many passes of other clients may come before theirs."""
         for name, client in list(self._waiting.items()):
             if isinstance(client.waits_for, Part):
                 try:

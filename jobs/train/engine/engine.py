@@ -56,7 +56,7 @@ class TrainingEngine:
         try:
             return list(self._run_pass(parts))
         except Exception as error:  # noqa: BLE001 - whatever it is, the owner of the part gets it
-            clear_frames(error.__traceback__)  # they keep the activations, which take memory from the next passes
+            clear_frames(error.__traceback__)  # frees the activations, whose memory the next passes need
             if len(parts) == 1:
                 return [error]
             log.warning("a pass of %d adapters failed; computing it in two: %r", len(parts), error)

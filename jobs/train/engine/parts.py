@@ -33,7 +33,8 @@ class Part:
         dropout_key: from which the masks of the adapter's dropout follow; None: no dropout.
         backward: takes the loss and computes its gradients, instead of `torch.autograd`; such a part has its pass for
             itself.
-        raise_if_stopped: called before each pass while the part waits for one; its error takes the place of the pass's.
+        raise_if_stopped: called before each pass while the part waits; if it raises, the client gets its error, and the
+            part is not computed.
     """
 
     adapter: AdaptedModel

@@ -38,7 +38,7 @@ _CONNECT: Mapping[str, Any] = {
 _LOG_SECONDS = 10.0
 _LAST_LOGGED: dict[str, float] = {}
 _WRITING = "loramill_writing"
-# SQLSTATE classes: connection, resources, login, unknown database, shutdown or a statement that took too long.
+# SQLSTATE classes: connection, resources, login, unknown database, intervention (a shutdown, a cancelled statement).
 _UNREACHABLE = ("08", "53", "28", "3D", "57")
 
 

@@ -92,9 +92,8 @@ def reclaim_expired(session: Session, *, now: float, max_attempts: int) -> int:
     Each job is queued again, unless it has a pending cancel or pause, has no attempts left, or lost two workers in a
     row after the same step, which is what running out of memory looks like. If other jobs shared its session, one of
     them may be the cause: the job then has a session for itself from the next attempt on, with all of its attempts. A
-    loss after a later step than every loss
-    before uses no attempt and gives back those used before: such a job makes progress however often it loses its node,
-    and the number of such losses is limited by its number of steps.
+    loss after a later step than every loss before uses no attempt and gives back those used before: such a job makes
+    progress however often it loses its node, and the number of such losses is limited by its number of steps.
     """
     found = queue.expired_leases(session, now)
     for row in found:
@@ -186,9 +185,8 @@ def fail(
 ) -> JobRecord:
     """Ends an attempt with an error: queues the job again if `retry` and attempts are left, otherwise fails it.
 
-    A job with a pending cancel is cancelled whatever the error. A job that ran out of memory is tried once more with
-    half as many tokens per forward pass, and then, if it shared its session, once without other jobs, whatever `retry`
-    is.
+    A job with a pending cancel is cancelled whatever the error. Whatever `retry` is, a job that ran out of memory is
+    tried once more with half as many tokens per forward pass and then, if it shared its session, in one for itself.
 
     Args:
         backoff_seconds: delay before the first retry; it doubles with each further one, see `queue.backoff_delay`.
@@ -204,7 +202,7 @@ def fail(
         transitions.cancel(session, row)
     elif isinstance(error, OutOfMemory):
         row.returned += 1  # this retry happens even if no attempts are left
-        transitions.retry_with_smaller_microbatch(session, row, error)
+        transitions.retry_out_of_memory(session, row, error)
     elif row.pending_action == "pause" and retry:
         transitions.pause(session, row)
     elif retry and failures < (row.max_attempts or 0):
@@ -280,7 +278,7 @@ def _reclaim(session: Session, row: JobRow, max_attempts: int) -> None:
         transitions.fail(session, row, JobError(message))
     elif lost_twice:
         message = f"Two workers disappeared after step {row.step}, as if the kernel had killed them for lack of memory."
-        transitions.retry_with_smaller_microbatch(session, row, OutOfMemory(message))
+        transitions.retry_out_of_memory(session, row, OutOfMemory(message))
     else:
         row.pending_action = None
         transitions.stop(session, row, JobStatus.QUEUED)

@@ -106,35 +106,37 @@ def fail(session: Session, row: JobRow, error: LoramillError) -> None:
     add_event(session, row, error.message, level="error")
 
 
-def retry_with_smaller_microbatch(session: Session, row: JobRow, error: OutOfMemory) -> None:
-    """Queues a job that ran out of memory once more, with half as many tokens per forward pass; then fails it.
+def retry_out_of_memory(session: Session, row: JobRow, error: OutOfMemory) -> None:
+    """Queues a job that ran out of memory again, at most twice; then fails it.
 
-    If other jobs shared its session, their memory may be the cause: it then has a session for itself before it fails.
+    It is first retried with half as many tokens per forward pass and then, if other jobs shared its session, in a
+    session for itself, since they may have used up the memory.
     """
     spec = JobSpec.model_validate(row.spec)
-    if row.micro_tokens is not None or spec.micro_tokens == 1:
-        if row.shared and not row.alone:
-            retry_alone(session, row, f"Attempt {row.attempt} ran out of memory: {error.message}")
-        else:
-            fail(session, row, error)
-        return
-    row.micro_tokens, row.lost_step = spec.micro_tokens // 2, None
-    stop(session, row, JobStatus.QUEUED)
-    add_event(
-        session,
-        row,
-        f"Attempt {row.attempt} ran out of memory; the next attempt computes {row.micro_tokens} tokens at a time "
-        f"instead of {spec.micro_tokens}, with the same result: {error.message}",
-        level="warn",
-    )
+    if row.micro_tokens is None and spec.micro_tokens > 1:
+        row.micro_tokens, row.lost_step = spec.micro_tokens // 2, None
+        stop(session, row, JobStatus.QUEUED)
+        message = (
+            f"Attempt {row.attempt} ran out of memory; the next attempt computes {row.micro_tokens} tokens at a time "
+            f"instead of {spec.micro_tokens}, with the same result: {error.message}"
+        )
+        add_event(session, row, message, level="warn")
+    elif row.shared and not row.alone:
+        retry_alone(session, row, f"Attempt {row.attempt} ran out of memory: {error.message}")
+    else:
+        fail(session, row, error)
 
 
 def retry_alone(session: Session, row: JobRow, reason: str) -> None:
-    """Queues a job for a session of its own, since its last one had several jobs; this uses up no attempt."""
+    """Queues a job whose session had several jobs for a session of its own, with all of its attempts again.
+
+    Args:
+        reason: a sentence for the job's history.
+    """
     row.alone, row.returned, row.lost_step = True, row.attempt, None
     stop(session, row, JobStatus.QUEUED)
     message = (
-        f"{reason} Its worker trained several jobs, and any of them may be the cause: the next attempt has a session "
+        f"{reason} Several jobs shared the session, and any of them may be the cause: the next attempt has a session "
         "for itself."
     )
     add_event(session, row, message, level="warn")

@@ -296,7 +296,7 @@ def test_a_lost_lease_ends_that_job_alone(environment: JobEnvironment, monkeypat
 
 
 def test_heartbeats_continue_after_an_error_of_any_kind(
-    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch
+    environment: JobEnvironment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     job, failed, heartbeat = environment.submit(steps=100_000), threading.Event(), Lease._heartbeat
 
@@ -313,3 +313,5 @@ def test_heartbeats_continue_after_an_error_of_any_kind(
         with environment.registry.writing() as session:
             jobs.cancel(session, job.id)
         eventually(lambda: environment.now(job).status is JobStatus.CANCELLED)
+    [logged] = [record for record in caplog.records if "heartbeats fail" in record.getMessage()]
+    assert logged.exc_info and logged.exc_info[0] is RuntimeError
