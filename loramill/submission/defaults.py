@@ -49,7 +49,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lora+": {"method": "lora", "loraplus_lr_ratio": LORAPLUS_LR_RATIO},
 }
 
-#: What a job has in common with the adapter that it continues.
+#: Fields that describe an adapter: a job has those of the job whose version it continues.
 _ADAPTER_FIELDS = (
     "method", "rank", "alpha", "rank_pattern", "alpha_pattern", "rslora", "targets", "layers", "init_rank",
 )  # fmt: skip
@@ -78,8 +78,8 @@ def resolve_spec(
         base: its base.
         examples: number of examples in the training file, at least 1.
         start_from: the version that `request.options.start_from` names.
-        continued: spec of the job that made that version: method, rank, alpha, targets and layers are its by default.
-            None: it was imported, or there is none.
+        continued: spec of the job that made that version; its method, rank, alpha, targets and layers are the
+            defaults. None: there is no version, or no job that made it (it was imported, or the job was deleted).
 
     Raises:
         InvalidRequest: a value is out of its range; `param` names it.
@@ -162,7 +162,7 @@ def _base_learning_rate(method: str | None, objective: Objective | None) -> floa
 
 
 def _adapter_fields(continued: JobSpec) -> dict[str, Any]:
-    """The fields of a job's adapter. The one extracted after full fine-tuning is continued as LoRA."""
+    """The fields that describe a job's adapter; that of full fine-tuning is an extracted LoRA, and continues as one."""
     fields = {name: getattr(continued, name) for name in _ADAPTER_FIELDS}
     return fields | ({"method": "lora"} if continued.method == "full" else {})
 

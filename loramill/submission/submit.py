@@ -92,9 +92,9 @@ def check_request(session: Session, request: JobRequest, context: SubmissionCont
     if request.valid:
         find_file(session, request.valid, tenant, "validation_file")
     start = _find_start(session, base, request.adapter, request.options.start_from)
+    start_id = start.id if start else None
     continued = jobs.get(session, start.job).spec if start and start.job else None
     candidates = candidate_requests(request)
-    start_id = start.id if start else None
     spec = combine([resolve_spec(each, base, train.examples, start_id, continued) for each in candidates])
     return check_spec(
         session,
@@ -193,7 +193,7 @@ def queue(session: Session, job: CheckedJob, submitter: Submitter) -> JobRecord:
 
 
 def _find_start(session: Session, base: Base, name: AdapterName, selector: str | None) -> VersionRecord | None:
-    """The version that a job continues from."""
+    """The version that a job continues from; None: it starts from new weights."""
     if selector is None:
         return None
     if "/" in selector or selector.startswith("."):
