@@ -71,7 +71,7 @@ def _untuned(bench: Workbench) -> ComparisonRow:
 def _adapter(bench: Workbench) -> ComparisonRow:
     """Measures a method whose result is a LoRA or DoRA, which the engine serves."""
     training = _train(bench, bench.load(), attach_adapter)
-    folder = _write_files(
+    folder = write_files(
         export_adapter(bench.checkpoints, bench.data.spec, base=bench.data.base.name), bench.task.folder / "adapter"
     )
     with OfflineEngine(bench.data.base, Path, bench.engine, cache=bench.task.cache) as engine:
@@ -121,7 +121,7 @@ def _transformers_only(bench: Workbench, attach: Attach, cache: Callable[[Adapte
     model = bench.load()
     training = _train(bench, model, attach)
     weights = _trained_weights(bench)
-    folder = _write_files({"adapter.safetensors": save(weights)}, bench.task.folder / "adapter")
+    folder = write_files({"adapter.safetensors": save(weights)}, bench.task.folder / "adapter")
     with attach(model, bench.data.spec, bench.data.base.folder) as adapted:
         with torch.no_grad():
             for name, weight in adapted.weights.items():
@@ -184,7 +184,8 @@ def _merge(bench: Workbench, adapter: Path) -> Base:
     return replace(base, folder=folder, fingerprint="", quantization="none")
 
 
-def _write_files(files: Mapping[str, bytes], folder: Path) -> Path:
+def write_files(files: Mapping[str, bytes], folder: Path) -> Path:
+    """Writes files, by name, into a folder that does not exist yet; returns the folder."""
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)

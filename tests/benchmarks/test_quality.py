@@ -83,8 +83,7 @@ def test_all_defaults_are_trained_once_and_compared_with_the_targets(tenants: Pa
         "sgd-hotels1 together: exact match": True,
         "e2e-restaurants together: rouge l": False,
     }
-    preferences = {name: each.met for name, each in found.items() if "preferences" in name}
-    assert preferences == {
+    assert {name: each.met for name, each in found.items() if "preferences" in name} == {
         "clinc-travel preferences: reward accuracy": True,
         "clinc-travel preferences: exact match": None,
         "clinc-travel preferences: above supervised": True,
@@ -146,7 +145,7 @@ def test_preferences_are_trained_from_the_supervised_version(tmp_path: Path, mon
     )
     scores = preferences.tune_and_score(task, lambda stage: None)
     assert scores.reward_accuracy >= 0.9
-    assert scores.supervised > 0 < scores.preferred  # the base answers none of these
+    assert min(scores.supervised, scores.preferred) > 0  # the base alone answers none of these
 
 
 def shortened(spec_of):

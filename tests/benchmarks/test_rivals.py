@@ -1,6 +1,6 @@
-"""The comparison with vLLM's and SGLang's operators, against packages that are laid out like theirs and use torch.
+"""The comparison with vLLM's and SGLang's operators, on packages that are laid out like theirs and compute by torch.
 
-They show that the arguments fit the interfaces as they are documented in `rivals`, and not that these are theirs.
+The tests show that the arguments fit the interfaces that `rivals` describes, not that the real packages have these.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class LoRAKernelMeta:
         return self.owner[:token_nums], specialize_active_lora
 
 def lora_shrink(inputs, lora_a_weights, output_tensor, owner, specialized, scaling):
-    # By addresses, which allocators use again; here by what the sites have in common.
+    # vLLM caches by address, and allocators use addresses again; one key for all sites stands for that.
     lora_a_weights = _LORA_A_PTR_DICT.setdefault("a", lora_a_weights)
     for a, h in zip(lora_a_weights, output_tensor):
         h.copy_(scaling * torch.einsum("nd,nrd->nr", inputs, a[owner]))

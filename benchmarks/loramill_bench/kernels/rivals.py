@@ -1,7 +1,7 @@
 """The adapter operators of vLLM and SGLang, where these are installed, timed on the steps that time our own.
 
 Their interfaces change between versions. Operators that are missing, take other arguments or compute something else are
-reported with the reason, and nothing else is timed in their place.
+reported with the reason, without a time.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from loramill_bench.kernels.cuda import (
     static_launches,
 )
 
-#: Largest difference from the result of torch, relative to the largest value: a few roundings to bfloat16 take 0.01,
+#: Largest difference from the result of torch, relative to the largest value: a few roundings to bfloat16 cause 0.01,
 #: and an operator that reads another matrix or overwrites y is off by more than 0.1.
 _SAME = 0.05
 #: The operators of SGLang 0.5.23 (October 2026), whose interfaces the functions below use; older versions have them
-#: elsewhere. The backend `triton_v2`, an option that allocates and routes by itself, is not compared.
+#: elsewhere. The optional backend `triton_v2`, which allocates and routes by itself, is not compared.
 _SGLANG = "sglang.kernels.ops.lora.dense"
-#: Rows of a chunk by default, with SGLang's backend `csgmv`.
+#: Default rows of a chunk in SGLang's backend `csgmv`.
 _CHUNK = 16
 
 
@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def remark(self) -> str:
-        """What a row's name adds if they could not be compared, such as ` (not compared: ImportError: …)`."""
+        """The end of a row's name: empty, or the failure, such as ` (not compared: ImportError: …)`."""
         return "" if self.failure is None else f" (not compared: {self.failure})"
 
 
@@ -110,7 +110,7 @@ def _time(
     problem: Problem,
     time_us: Callable[[Callable[[], object]], float],
 ) -> tuple[float, str | None]:
-    """The time of what `prepare` returns; or NaN, and why there is none."""
+    """The time of the function that `prepare` returns, and None; or NaN, and why it has no time."""
     try:
         run = prepare(problem)
         difference = _difference(run, problem)
@@ -135,7 +135,7 @@ def _difference(run: Callable[[], None], problem: Problem) -> float:
 def vllm_punica(problem: Problem) -> Callable[[], None]:
     """vLLM's shrink and expand (vllm/lora/ops/triton_ops)."""
     operators = importlib.import_module("vllm.lora.ops.triton_ops")
-    # They keep strides by the addresses of matrices, also of those of a step that is over.
+    # They cache strides by the addresses of matrices, and an allocator uses addresses of an earlier step again.
     for kept in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
         getattr(importlib.import_module("vllm.lora.ops.triton_ops.utils"), kept).clear()
     meta = operators.LoRAKernelMeta.make(len(problem.a[0]), len(problem.x), device=problem.x.device)
@@ -190,8 +190,8 @@ def sglang_csgmv(problem: Problem) -> Callable[[], None]:
 
 
 def _sglang(module: str) -> Any:
-    """A module with operators of SGLang; compiled kernels are found by Triton."""
-    # SGLang's own search ignores the rank, which is the same for a whole server.
+    """A module with operators of SGLang, set to look up compiled kernels by Triton."""
+    # SGLang's own lookup ignores the rank, which is the same for a whole server.
     os.environ["SGLANG_USE_CUSTOM_TRITON_KERNEL_CACHE"] = "0"
     return importlib.import_module(f"{_SGLANG}.{module}")
 
@@ -235,7 +235,7 @@ def _columns(problem: Problem) -> torch.Tensor:
     return torch.tensor(list(starts), dtype=torch.int32, device=problem.x.device)
 
 
-#: The package of each rival, and the function that prepares a step; a name is the package's, and one of a backend.
+#: By name, which has the package and its backend: the package, and the function that prepares a step.
 RIVALS: dict[str, tuple[str, Callable[[Problem], Callable[[], None]]]] = {
     "vLLM's Punica": ("vllm", vllm_punica),
     "SGLang's triton": ("sglang", sglang_triton),

@@ -1,4 +1,4 @@
-"""Quality after DPO on a tenant's preferences: chosen are the tenant's answers, rejected those of the base."""
+"""Quality after DPO on pairs of a tenant's answers, which are chosen, and the base's, which are rejected."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from loramill.models.catalog import load_for_training
 from loramill.names import AdapterName
 from loramill.pipelines.compare.answers import EngineAnswerer, answer_limits, quality
 from loramill.pipelines.compare.data import TaskData, read_task
+from loramill.pipelines.compare.measure import write_files
 from loramill.pipelines.compare.types import Task
 from loramill.serve.offline import OfflineEngine
 from loramill.settings import ServeSettings
@@ -42,13 +43,13 @@ class PreferenceScores:
 
 
 def tune_and_score(task: Task, report: Callable[[str], object]) -> PreferenceScores:
-    """Trains an adapter and then, from its version, with DPO, both with default options.
+    """Trains an adapter, continues it with DPO, both with default options, and scores both.
 
-    Pairs are made of the questions of both files; those of the validation file are held out. A question that the base
-    answers as the tenant does, or not at all, gives no pair.
+    The pairs are made from the questions of the training and the validation file; those of the validation file are held
+    out. A question that the base answers as the tenant does, or not at all, gives no pair.
 
     Args:
-        task: of the method "lora", with chat data without tools.
+        task: its subject is "lora"; its data are chats without tools.
         report: called with the progress from time to time.
     """
     torch.set_num_threads(task.threads)
@@ -90,7 +91,7 @@ def _engine(task: Task, data: TaskData) -> OfflineEngine:
 
 
 def _pairs(base: EngineAnswerer, data: TaskData, examples: Sequence[Example]) -> list[TrainingExample]:
-    """The preferences in OpenAI's format, read and encoded as those of a job."""
+    """Pairs of the tenant's and the base's answers, written in OpenAI's format, and read and encoded as by a job."""
     answers = base.answer(examples, answer_limits(examples, data.tokenizer), lambda done: None)
     rows = (
         {
@@ -112,7 +113,7 @@ def _jsonl(rows: Iterable[object]) -> bytes:
 def _dpo_spec(data: TaskData, examples: int) -> JobSpec:
     options = LoramillOptions(objective="dpo", start_from="champion")
     request = JobRequest(AdapterName("bench", "preferred"), "train.jsonl", "valid.jsonl", options=options)
-    return resolve_spec(request, data.base, examples, start_from="champion")
+    return resolve_spec(request, data.base, examples, start_from="champion", continued=data.spec)
 
 
 def _train(
@@ -125,7 +126,5 @@ def _train(
         if progress.valid_loss is not None:
             report(f"{folder.name}, step {progress.step} of {progress.total_steps}")
     assert best is not None
-    folder.mkdir()
-    for name, content in export_adapter(context.checkpoints, context.spec, base=data.base.name).items():
-        (folder / name).write_bytes(content)
+    write_files(export_adapter(context.checkpoints, context.spec, base=data.base.name), folder)
     return best

@@ -1,4 +1,4 @@
-"""What is trained and scored, and its targets. Every training has a job's default options."""
+"""The trainings of `loramill-bench quality`, each with a job's default options, and the targets of their scores."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TARGETS: dict[str, tuple[Metric, float]] = {
 }
 #: Percentage points by which other methods may be worse than LoRA.
 ALLOWED_LOSS_POINTS: dict[Tuning, float] = {"qlora": 3, "dora": 2, "adalora": 2}
-#: Tenants whose preferences are trained.
+#: Tenants whose adapters are trained with DPO, too.
 PREFERENCE_TENANTS = ("clinc-travel", "clinc-banking")
-#: The lowest reward accuracy on held-out pairs, and the percentage points of exact match that DPO may lose.
+#: The lowest acceptable reward accuracy on held-out pairs, and the percentage points of exact match that DPO may cost.
 REWARD_ACCURACY, ALLOWED_LOSS_BY_DPO = 0.9, 2
 _FILES = ("train", "valid", "test")
 
@@ -101,7 +101,7 @@ def _results_together(tenants: Path, folder: Path, settings: Settings, report: C
 def _results_of_preferences(
     tenants: Path, folder: Path, settings: Settings, tenant: str, report: Callable[[str], object]
 ) -> list[Result]:
-    """DPO from the version of supervised training."""
+    """DPO that continues the adapter of supervised training."""
     task = _task(tenants, folder / "preferences", settings, tenant, "lora")
     task.folder.mkdir(parents=True)
     scores = tune_and_score(task, report)

@@ -16,6 +16,7 @@ from loramill.jobs.train.loop import TrainingRun, open_run
 from loramill.models.catalog import load_for_training
 from loramill.pipelines.compare.answers import EngineAnswerer, quality
 from loramill.pipelines.compare.data import TaskData, read_task
+from loramill.pipelines.compare.measure import write_files
 from loramill.pipelines.compare.types import Task
 from loramill.pipelines.nightly.scoring import Score
 from loramill.serve.offline import OfflineEngine
@@ -27,7 +28,7 @@ def train_and_score(tasks: Mapping[str, Task], report: Callable[[str], object]) 
     """Trains all tasks' adapters next to one base with default options, and scores each on its test questions.
 
     Args:
-        tasks: by tenant, of the method "lora", with the same base.
+        tasks: by tenant, with the subject "lora" and the same base.
         report: called with the progress from time to time.
     """
     data = {tenant: read_task(task) for tenant, task in tasks.items()}
@@ -39,10 +40,8 @@ def train_and_score(tasks: Mapping[str, Task], report: Callable[[str], object]) 
     serve = ServeSettings(threads=first.threads, device=first.device)
     with OfflineEngine(next(iter(data.values())).base, Path, serve, cache=first.cache) as engine:
         for tenant, each in data.items():
-            folder = tasks[tenant].folder / "adapter"
-            folder.mkdir()
-            for name, content in export_adapter(folders[tenant], each.spec, base=each.base.name).items():
-                (folder / name).write_bytes(content)
+            files = export_adapter(folders[tenant], each.spec, base=each.base.name)
+            folder = write_files(files, tasks[tenant].folder / "adapter")
             answerer = EngineAnswerer(engine, str(folder))
             scores[tenant] = quality(answerer, each.test, each.tokenizer, lambda done: None)
     return scores

@@ -96,8 +96,8 @@ def _answer(engine: Engine, request: Request) -> ExpectedAnswer:
     while not outputs or outputs[-1].finish_reason is None:
         if time.monotonic() > latest or not engine.wait(latest - time.monotonic()):
             raise EngineFault(f"The only request in the engine gets no answer: {request}.")
-        if found := engine.step():
-            outputs += found
+        if new := engine.step():
+            outputs += new
             latest = time.monotonic() + tracker.PATIENCE
     if outputs[-1].error is not None:
         raise outputs[-1].error

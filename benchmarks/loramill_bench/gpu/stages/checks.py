@@ -97,7 +97,7 @@ def time_kernels(context: Context) -> Iterator[Result]:
 def compare_with_rivals() -> Iterator[Result]:
     """Adapters against the operators of vLLM and SGLang, where installed; NaN where they could not be compared.
 
-    Last in the stage: their imports and kernels take longest, and one that fails can break the GPU's context.
+    Last in the stage: their imports and compilations take longest, and a failure can break the GPU's context.
     """
     for each in rivals.comparisons(_CASES):
         step = f"{each.case.rows}/{each.case.adapters}/{each.case.rank} {each.site}"
