@@ -162,9 +162,11 @@ def _base_learning_rate(method: str | None, objective: Objective | None) -> floa
 
 
 def _adapter_fields(continued: JobSpec) -> dict[str, Any]:
-    """The fields that describe a job's adapter; that of full fine-tuning is an extracted LoRA, and continues as one."""
+    """The fields that describe a job's adapter; that of full fine-tuning is an extracted LoRA with a scale of 1."""
     fields = {name: getattr(continued, name) for name in _ADAPTER_FIELDS}
-    return fields | ({"method": "lora"} if continued.method == "full" else {})
+    if continued.method == "full":
+        fields |= {"method": "lora", "rslora": False, "alpha": continued.rank, "alpha_pattern": continued.rank_pattern}
+    return fields
 
 
 def _method_defaults(options: LoramillOptions) -> dict[str, Any]:

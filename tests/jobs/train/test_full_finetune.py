@@ -31,12 +31,15 @@ from loramill.jobs.train.methods.adapted_model import AdaptedModel
 from loramill.jobs.worker.worker import Worker, run_next_job
 from loramill.kernels.quantization import Quantization
 from loramill.models.catalog import Base, find_base, load_for_training
+from loramill.names import AdapterName
 from loramill.registry import Registry, datasets, jobs, tenants
 from loramill.registry.database.migrate import migrate
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 from loramill.serve.sampling_params import SamplingParams
 from loramill.settings import JobSettings, ServeSettings
+from loramill.submission.defaults import resolve_spec
+from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.types import JobSpec
 
 from ..conftest import base_of
@@ -209,6 +212,20 @@ def test_starts_from_an_adapter(tiny_base: Base, tmp_path: Path) -> None:
     expected = reference_loss(plain, random_examples(9, seed=1))[0].item()
     assert point.valid_loss == pytest.approx(expected, rel=2e-3)
     assert fresh.valid_loss != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_job_continues_the_extracted_lora(tiny_base: Base, tmp_path: Path) -> None:
+    spec = full(steps=2, alpha=20.0, rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 9.0})
+    points(tiny_base, spec, tmp_path / "job")
+    found = exported(tiny_base, spec, tmp_path / "job", tmp_path / "whole")
+    first = write_files(tmp_path / "first", found.adapter_files)
+
+    request = JobRequest(AdapterName("acme", "bot"), "t", options=LoramillOptions(start_from="champion", steps=1))
+    again = resolve_spec(request, tiny_base, 23, "v", spec).model_copy(update={"learning_rate": 1e-12})
+    model, held_out = load_for_training(tiny_base, torch.bfloat16), random_examples(9, seed=1)
+    [point] = train(model, random_examples(23), held_out, again, checkpoints=tmp_path / "next", start_from=first)
+    plain = PeftModel.from_pretrained(load_for_training(tiny_base, torch.float32), first)
+    assert point.valid_loss == pytest.approx(reference_loss(plain, held_out)[0].item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])

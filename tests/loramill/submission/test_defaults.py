@@ -134,8 +134,9 @@ def test_a_job_that_continues_a_version_has_its_adapter_by_default(method: str) 
     request = JobRequest(AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion"))
     spec = resolve_spec(request, base(), 160, "v", first)
     assert spec.method == ("lora" if method == "full" else method)
-    for field in ("rank", "alpha", "rslora", "targets", "layers"):
+    for field in ("rank", "rslora", "targets", "layers"):
         assert getattr(spec, field) == getattr(first, field)
+    assert spec.alpha == (4 if method == "full" else 12)
     assert spec.learning_rate == 1e-3
 
     request = JobRequest(
