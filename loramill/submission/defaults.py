@@ -82,7 +82,7 @@ def resolve_spec(
             defaults. None: there is no version, or no job that made it (it was imported, or the job was deleted).
 
     Raises:
-        InvalidRequest: a value is out of its range; `param` names it.
+        InvalidRequest: a value is out of its range, or the version has another; `param` names it.
     """
     options = request.options
     check_objective(options)
@@ -104,9 +104,12 @@ def resolve_spec(
     }
     if base.architecture in EXPERT_ARCHITECTURES:
         chosen["targets"] = ATTENTION_TARGETS
-    if continued is not None:
+    if continued is None:
+        chosen |= _alpha_defaults(options)
+    else:
         chosen |= _adapter_fields(continued)
-    chosen |= _method_defaults(options) | _schedule_defaults(request, examples) | _alpha_defaults(options)
+        _check_same_scale(options, chosen)
+    chosen |= _method_defaults(options) | _schedule_defaults(request, examples)
     requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
     try:
         return JobSpec.model_validate(chosen | requested)
@@ -167,6 +170,20 @@ def _adapter_fields(continued: JobSpec) -> dict[str, Any]:
     if continued.method == "full":
         fields |= {"method": "lora", "rslora": False, "alpha": continued.rank, "alpha_pattern": continued.rank_pattern}
     return fields
+
+
+def _check_same_scale(options: LoramillOptions, adapter: Mapping[str, Any]) -> None:
+    """Checks what training would refuse. AdaLoRA continues with any rank; full fine-tuning extracts a LoRA of any."""
+    if (options.method or adapter["method"]) in ("adalora", "full"):
+        return
+    for name in ("rank", "alpha", "rslora"):
+        value = getattr(options, name)
+        if value not in (None, adapter[name]):
+            raise InvalidRequest(
+                f"'loramill.{name}' is {value}, and the version to continue from has {adapter[name]}: leave it or "
+                "'start_from' out.",
+                param=f"loramill.{name}",
+            )
 
 
 def _method_defaults(options: LoramillOptions) -> dict[str, Any]:

@@ -139,11 +139,19 @@ def test_a_job_that_continues_a_version_has_its_adapter_by_default(method: str) 
     assert spec.alpha == (4 if method == "full" else 12)
     assert spec.learning_rate == 1e-3
 
-    request = JobRequest(
-        AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion", method="lora", rank=32)
-    )
-    spec = resolve_spec(request, base(), 160, "v", first)
-    assert (spec.method, spec.rank, spec.alpha, spec.targets) == ("lora", 32, 64, ("q_proj",))
+    same = JobRequest(AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion", rank=4))
+    assert resolve_spec(same, base(), 160, "v", first) == spec
+
+
+@pytest.mark.parametrize(("option", "value"), [("rank", 32), ("alpha", 8.0), ("rslora", True)])
+def test_a_job_can_not_continue_a_version_of_another_scale(option: str, value: object) -> None:
+    options = LoramillOptions.model_validate({"start_from": "champion", option: value})
+    request = JobRequest(AdapterName("a", "b"), "t", options=options)
+    with pytest.raises(InvalidRequest, match=f"is {value}, and the version to continue from has") as caught:
+        resolve_spec(request, base(), 160, "v", resolve(rank=4, alpha=12))
+    assert caught.value.param == f"loramill.{option}"
+    pruned = resolve(method="adalora", rank=4, alpha=12)
+    assert getattr(resolve_spec(request, base(), 160, "v", pruned), option) == value
 
 
 def test_a_small_context_bounds_the_examples() -> None:
