@@ -206,7 +206,7 @@ class _Plan:
         if self._free_count() >= count:
             self._start_trainer(job.id, count)
             return True
-        self._make_room(count - self._free_count() - self._free_soon_count(), job.priority)
+        self._make_room(count - self._free_count() - self._free_soon_count(job.priority), job.priority)
         return False
 
     def _make_room(self, missing: int, priority: int) -> None:
@@ -262,8 +262,11 @@ class _Plan:
     def _free_count(self) -> int:
         return self._pool.slot_count - sum(slot.size for slot in self._slots.values())
 
-    def _free_soon_count(self) -> int:
-        return sum(slot.room_soon for slot in self._slots.values() if slot.kind is _Kind.FREE_SOON)
+    def _free_soon_count(self, priority: int) -> int:
+        """Number of slots that are about to be free, without those of ending sessions whose jobs can be preempted."""
+        preemptible = {slot.name for slot in self._preemptible_slots(below=priority)}
+        ending = (slot for slot in self._slots.values() if slot.kind is _Kind.FREE_SOON)
+        return sum(slot.room_soon for slot in ending if slot.name not in preemptible)
 
     def _find(self, fits: Callable[[_PlannedSlot], bool]) -> _PlannedSlot | None:
         """Returns the slot with the fewest jobs of those that fit, and of these the last one by name."""
@@ -301,7 +304,6 @@ class _Plan:
             slot
             for name, jobs in sorted(found.items(), key=lambda each: max(job.priority for job in each[1]))
             if (slot := self._slots.get(name)) is not None
-            and slot.kind is not _Kind.FREE_SOON
             and slot.jobs > 0
             and not slot.promised
             and max(job.priority for job in jobs) < below

@@ -148,6 +148,15 @@ CASES: dict[str, tuple[PoolState, tuple[Action, ...]]] = {
         shared(TWO, (running("a", "session-1", priority=2), *THREE_JOBS[1:]), (large("d", 1, 1),)),
         (EndSession("session-2"),),
     ),
+    "a trainer does not wait for a job of a lower priority in an ending session": (
+        PoolState(
+            3,
+            (session(1, True), trainer("b", 2)),
+            (running("a", "session-1", started_at=1.0), running("b", "b")),
+            (large("c", 2, 1),),
+        ),
+        (Preempt("a", 1), Preempt("b", 1)),
+    ),
     "the slots of one trainer serve several jobs": (
         PoolState(2, (trainer("a", 2),), (running("a", "a"),), (small("b", 1), small("c", 1))),
         (Preempt("a", 1),),
