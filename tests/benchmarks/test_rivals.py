@@ -141,7 +141,7 @@ def lora_shrink(inputs, lora_a_weights, output_tensor, owner, specialized, scali
     # vLLM caches by address, and allocators use addresses again; one key for all sites stands for that.
     lora_a_weights = _LORA_A_PTR_DICT.setdefault("a", lora_a_weights)
     for a, h in zip(lora_a_weights, output_tensor):
-        h.copy_(scaling * torch.einsum("nd,nrd->nr", inputs, a[owner]))
+        h.copy_(scaling * torch.einsum("nk,nrk->nr", inputs, a[owner]))
 
 def lora_expand(inputs, lora_b_weights, output_tensor, owner, specialized, offset_start=0, add_inputs=False):
     lora_b_weights = _LORA_B_PTR_DICT.setdefault("b", lora_b_weights)
