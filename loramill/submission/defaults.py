@@ -78,8 +78,8 @@ def resolve_spec(
         base: its base.
         examples: number of examples in the training file, at least 1.
         start_from: the version that `request.options.start_from` names.
-        continued: spec of the job that made that version; its method, rank, alpha, targets and layers are the
-            defaults. None: there is no version, or no job that made it (it was imported, or the job was deleted).
+        continued: spec of the job that made that version, whose method, rank, alpha, targets and layers become the
+            defaults. None for new weights, and for a version that was imported or whose job was deleted.
 
     Raises:
         InvalidRequest: a value is out of its range, or the version has another; `param` names it.

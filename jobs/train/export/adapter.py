@@ -20,7 +20,7 @@ def export_adapter(checkpoints: Path | str, spec: JobSpec, *, base: str, best: b
             also of a job that is still in training.
 
     Raises:
-        ArtifactMissing: there is no checkpoint, or `best` is set and the job has not finished.
+        ArtifactMissing: the job has no checkpoint, or `best` is true and the job has not finished.
         ArtifactCorrupt: a checkpoint can't be read.
     """
     data = load_checkpoint_to_export(checkpoints, spec, best=best)

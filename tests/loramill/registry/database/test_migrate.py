@@ -243,9 +243,8 @@ def test_a_full_disk_undoes_the_transaction(tmp_path):
     registry.close()
 
 
-def test_a_lost_connection_is_unavailable_and_then_restored(registry, database_url):
-    if not database_url.startswith("postgresql"):
-        pytest.skip("about PostgreSQL")
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_lost_connection_is_unavailable_and_then_restored(registry):
     end = text("SELECT pg_terminate_backend(pg_backend_pid())")
     with pytest.raises(Unavailable, match="try again"), registry.writing() as session:
         session.execute(end)
@@ -253,9 +252,8 @@ def test_a_lost_connection_is_unavailable_and_then_restored(registry, database_u
         assert tenants.list_tenants(session) == []
 
 
-def test_a_statement_that_the_server_cancels_is_unavailable(registry, database_url):
-    if not database_url.startswith("postgresql"):
-        pytest.skip("about PostgreSQL")
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_statement_that_the_server_cancels_is_unavailable(registry):
     with pytest.raises(Unavailable, match="try again"), registry.writing() as session:
         session.execute(text("SET LOCAL statement_timeout = 20"))
         session.execute(text("SELECT pg_sleep(60)"))
