@@ -263,10 +263,13 @@ class _Plan:
         return self._pool.slot_count - sum(slot.size for slot in self._slots.values())
 
     def _free_soon_count(self, priority: int) -> int:
-        """Number of slots that are about to be free, without those of ending sessions whose jobs can be preempted."""
+        """Number of slots that become free without a preemption.
+
+        Ending sessions all of whose jobs have lower priorities are left out, since these jobs are preempted.
+        """
         preemptible = {slot.name for slot in self._preemptible_slots(below=priority)}
-        ending = (slot for slot in self._slots.values() if slot.kind is _Kind.FREE_SOON)
-        return sum(slot.room_soon for slot in ending if slot.name not in preemptible)
+        free_soon = (slot for slot in self._slots.values() if slot.kind is _Kind.FREE_SOON)
+        return sum(slot.room_soon for slot in free_soon if slot.name not in preemptible)
 
     def _find(self, fits: Callable[[_PlannedSlot], bool]) -> _PlannedSlot | None:
         """Returns the slot with the fewest jobs of those that fit, and of these the last one by name."""

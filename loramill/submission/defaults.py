@@ -6,6 +6,7 @@ Pure functions. An option of loramill wins over the hyperparameter of the same m
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -82,7 +83,7 @@ def resolve_spec(
             defaults. None for new weights, and for a version that was imported or whose job was deleted.
 
     Raises:
-        InvalidRequest: a value is out of its range, or the version has another; `param` names it.
+        InvalidRequest: a value is out of its range or differs from the version's; `param` names it.
     """
     options = request.options
     check_objective(options)
@@ -107,8 +108,8 @@ def resolve_spec(
     if continued is None:
         chosen |= _alpha_defaults(options)
     else:
-        chosen |= _adapter_fields(continued)
-        _check_same_scale(options, chosen)
+        chosen |= _adapter_fields(continued, options)
+        _check_same_rank_and_scale(options, chosen)
     chosen |= _method_defaults(options) | _schedule_defaults(request, examples)
     requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
     try:
@@ -164,24 +165,32 @@ def _base_learning_rate(method: str | None, objective: Objective | None) -> floa
     return rate
 
 
-def _adapter_fields(continued: JobSpec) -> dict[str, Any]:
+def _adapter_fields(continued: JobSpec, options: LoramillOptions) -> dict[str, Any]:
     """The fields that describe a job's adapter; that of full fine-tuning is an extracted LoRA with a scale of 1."""
     fields = {name: getattr(continued, name) for name in _ADAPTER_FIELDS}
+    if continued.method == "adalora" and options.rank is not None:
+        # AdaLoRA continues with another rank, at the same scale.
+        ratio = options.rank / continued.rank
+        fields["alpha"] = continued.alpha * (math.sqrt(ratio) if continued.rslora else ratio)
     if continued.method == "full":
         fields |= {"method": "lora", "rslora": False, "alpha": continued.rank, "alpha_pattern": continued.rank_pattern}
     return fields
 
 
-def _check_same_scale(options: LoramillOptions, adapter: Mapping[str, Any]) -> None:
-    """Checks what training would refuse. AdaLoRA continues with any rank; full fine-tuning extracts a LoRA of any."""
+def _check_same_rank_and_scale(options: LoramillOptions, adapter: Mapping[str, Any]) -> None:
+    """Refuses another rank, alpha or rslora, which training could not continue with.
+
+    AdaLoRA may change its rank, and full fine-tuning merges the version into the base.
+    """
     if (options.method or adapter["method"]) in ("adalora", "full"):
         return
+    given = _method_defaults(options) | options.model_dump(exclude_none=True, include={"rank", "alpha", "rslora"})
     for name in ("rank", "alpha", "rslora"):
-        value = getattr(options, name)
+        value = given.get(name)
         if value not in (None, adapter[name]):
             raise InvalidRequest(
-                f"'loramill.{name}' is {value}, and the version to continue from has {adapter[name]}: leave it or "
-                "'start_from' out.",
+                f"'loramill.{name}' is {value}, but the version to continue from has {adapter[name]}: omit it, or omit "
+                "'start_from'.",
                 param=f"loramill.{name}",
             )
 

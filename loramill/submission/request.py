@@ -103,7 +103,7 @@ class LoramillOptions(FrozenModel):
     start_from: str | None = Field(
         default=None,
         description="Alias (such as champion) or version of the same adapter to continue from, with the method, rank, "
-        "alpha, targets and layers of the job that made it unless others are given. Default: new weights.",
+        "alpha, targets and layers of the job that made it by default. Default: new weights.",
     )
     priority: int = Field(
         default=0, ge=-100, le=100, description="Jobs of a higher priority start first, and may preempt. Default: 0."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton exists only for Linux")
+pytest.importorskip("triton", reason="Triton is available only for Linux")
 
 from loramill.kernels.adapters.packing import Site
 from loramill_bench.gpu import criteria

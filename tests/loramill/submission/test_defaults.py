@@ -143,15 +143,20 @@ def test_a_job_that_continues_a_version_has_its_adapter_by_default(method: str) 
     assert resolve_spec(same, base(), 160, "v", first) == spec
 
 
-@pytest.mark.parametrize(("option", "value"), [("rank", 32), ("alpha", 8.0), ("rslora", True)])
-def test_a_job_can_not_continue_a_version_of_another_scale(option: str, value: object) -> None:
+@pytest.mark.parametrize(("option", "value"), [("rank", 32), ("alpha", 8.0), ("rslora", True), ("method", "rslora")])
+def test_a_job_cannot_continue_a_version_of_another_rank_or_scale(option: str, value: object) -> None:
     options = LoramillOptions.model_validate({"start_from": "champion", option: value})
     request = JobRequest(AdapterName("a", "b"), "t", options=options)
-    with pytest.raises(InvalidRequest, match=f"is {value}, and the version to continue from has") as caught:
+    with pytest.raises(InvalidRequest, match="but the version to continue from has") as caught:
         resolve_spec(request, base(), 160, "v", resolve(rank=4, alpha=12))
-    assert caught.value.param == f"loramill.{option}"
-    pruned = resolve(method="adalora", rank=4, alpha=12)
-    assert getattr(resolve_spec(request, base(), 160, "v", pruned), option) == value
+    assert caught.value.param == f"loramill.{'rslora' if option == 'method' else option}"
+
+
+@pytest.mark.parametrize(("rslora", "alpha"), [(False, 48), (True, 24)])
+def test_adalora_continues_with_another_rank_at_the_same_scale(rslora: bool, alpha: float) -> None:
+    request = JobRequest(AdapterName("a", "b"), "t", options=LoramillOptions(start_from="champion", rank=16))
+    spec = resolve_spec(request, base(), 160, "v", resolve(method="adalora", rank=4, alpha=12, rslora=rslora))
+    assert (spec.rank, spec.alpha) == (16, alpha)
 
 
 def test_a_small_context_bounds_the_examples() -> None:

@@ -248,7 +248,7 @@ def test_a_failing_step_leaves_no_request_hanging(drive, monkeypatch, prompts, e
 
 
 def test_a_closed_engine_has_no_threads_and_refuses_requests(drive, prompts):
-    # Threads of an engine that was reset in a test before end on their own.
+    # An engine that an earlier test reset may still have threads; they end on their own.
     before = set(threading.enumerate())
     driver = drive()
     driver.submit("a", prompts["lora"], "lora")
