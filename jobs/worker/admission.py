@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.memory import Device, MemoryRow, largest_row
+from loramill.sizing.passes import Device, MemoryRow, largest_row
 from loramill.sizing.targets import trained_elements
 from loramill.sizing.tenants import SessionJob, estimate_session
 from loramill.types import JobRecord, JobSpec, Quantization

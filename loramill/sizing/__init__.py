@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from loramill.models.catalog import Base
 from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy, LinearShape, anatomy, find_config, linears, read_config
-from loramill.sizing.memory import MemoryEstimate, MemoryItem, MemoryRow
+from loramill.sizing.memory import MemoryEstimate
+from loramill.sizing.passes import MemoryItem, MemoryRow
 from loramill.sizing.planner import ADJUSTABLE, GpuPool, SizingPlan, SizingRequest, format_bytes, plan
 from loramill.sizing.sweep_plan import plan_sweep
 from loramill.sizing.targets import check_targets, refuse_experts

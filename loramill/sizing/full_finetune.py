@@ -3,17 +3,8 @@
 from __future__ import annotations
 
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.memory import (
-    Device,
-    MemoryEstimate,
-    MemoryItem,
-    MemoryRow,
-    activations,
-    one_layer,
-    scratch,
-    total,
-    whole_logits,
-)
+from loramill.sizing.memory import MemoryEstimate, total
+from loramill.sizing.passes import Device, MemoryItem, MemoryRow, activations, one_layer, scratch, whole_logits
 from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec
 

@@ -13,7 +13,8 @@ from loramill.settings import JobSettings
 from loramill.sizing.anatomy import Anatomy
 from loramill.sizing.devices import accelerator_bytes
 from loramill.sizing.full_finetune import estimate_full
-from loramill.sizing.memory import Device, MemoryEstimate, MemoryRow, estimate, largest_row
+from loramill.sizing.memory import MemoryEstimate, estimate
+from loramill.sizing.passes import Device, MemoryRow, largest_row
 from loramill.sizing.targets import TrainedElements, trained_elements
 from loramill.types import JobSpec, Quantization
 

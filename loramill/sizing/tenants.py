@@ -16,21 +16,18 @@ from dataclasses import dataclass, replace
 
 from loramill.plural import counted
 from loramill.sizing.anatomy import Anatomy
-from loramill.sizing.memory import (
+from loramill.sizing.memory import MemoryEstimate, base_weights, checkpoint_bytes, total
+from loramill.sizing.passes import (
     EAGER_TOKENS,
     Device,
-    MemoryEstimate,
     MemoryItem,
     MemoryRow,
-    base_weights,
     cast_bytes,
-    checkpoint_bytes,
     logits_of,
     needs_no_mask,
     one_layer,
     pass_scratch,
     token_bytes,
-    total,
 )
 from loramill.sizing.targets import TrainedElements
 from loramill.types import JobSpec, Quantization

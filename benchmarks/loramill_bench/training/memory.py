@@ -23,7 +23,8 @@ from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.settings import Settings
 from loramill.sizing import anatomy, read_config
-from loramill.sizing.memory import Device, MemoryEstimate, estimate, largest_row
+from loramill.sizing.memory import MemoryEstimate, estimate
+from loramill.sizing.passes import Device, largest_row
 from loramill.types import TARGETS, JobSpec, Method, Quantization
 from loramill_bench.kernels import Result
 

@@ -22,7 +22,8 @@ from loramill.models.catalog import find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.settings import Settings
 from loramill.sizing import anatomy, read_config
-from loramill.sizing.memory import MemoryEstimate, largest_row
+from loramill.sizing.memory import MemoryEstimate
+from loramill.sizing.passes import largest_row
 from loramill.sizing.targets import trained_elements
 from loramill.sizing.tenants import SessionJob, estimate_session
 from loramill_bench.kernels import Result

@@ -31,7 +31,8 @@ from loramill.jobs.train.ops.layers import fused_forwards
 from loramill.kernels import torch_backend, training
 from loramill.kernels.attention import varlen
 from loramill.sizing import anatomy
-from loramill.sizing.memory import MemoryRow, activations, estimate, largest_row
+from loramill.sizing.memory import estimate
+from loramill.sizing.passes import MemoryRow, activations, largest_row
 from loramill.sizing.targets import trained_elements
 from loramill.types import ATTENTION_TARGETS, JobSpec
 from loramill_bench.training.memory import CPU_ERROR, Case, measure_peak, predict

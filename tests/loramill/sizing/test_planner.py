@@ -19,16 +19,8 @@ from loramill.settings import JobSettings
 from loramill.sizing import ADJUSTABLE, Anatomy, GpuPool, SizingRequest, anatomy, check_targets, fit_spec, plan
 from loramill.sizing.anatomy import ExpertsShape
 from loramill.sizing.devices import gpu_bytes, memory_bytes
-from loramill.sizing.memory import (
-    NF4_BYTES,
-    Device,
-    MemoryRow,
-    base_bytes,
-    estimate,
-    largest_row,
-    logits_of,
-    whole_logits,
-)
+from loramill.sizing.memory import NF4_BYTES, base_bytes, estimate
+from loramill.sizing.passes import Device, MemoryRow, largest_row, logits_of, whole_logits
 from loramill.sizing.planner import fastest_fit, nearest_fits, plan_as_is
 from loramill.types import JobSpec
 
@@ -194,12 +186,12 @@ def test_sizing_and_training_agree_on_what_is_computed_how() -> None:
 
     from loramill.jobs.train.ops import attention, loss
     from loramill.kernels.attention import varlen
-    from loramill.sizing import memory
+    from loramill.sizing import passes
 
-    assert (memory.HEAD_ROWS, memory.EAGER_TOKENS) == (loss.HEAD_ROWS, attention.MAX_EAGER_TOKENS)
+    assert (passes.HEAD_ROWS, passes.EAGER_TOKENS) == (loss.HEAD_ROWS, attention.MAX_EAGER_TOKENS)
     for head_dim in range(2, 300, 2):
         base = anatomy(SMALL | {"head_dim": head_dim})
-        assert memory.needs_no_mask(base, "cuda", 2) == varlen.is_supported(torch.bfloat16, head_dim, backward=True)
+        assert passes.needs_no_mask(base, "cuda", 2) == varlen.is_supported(torch.bfloat16, head_dim, backward=True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from loramill.errors import DoesNotFit
 from loramill.sizing import ADJUSTABLE, GpuPool, SizingRequest
-from loramill.sizing.memory import largest_row
+from loramill.sizing.passes import largest_row
 from loramill.sizing.sweep_plan import plan_sweep
 from loramill.sizing.targets import trained_elements
 from loramill.sizing.tenants import SessionJob, estimate_session

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from loramill.errors import DoesNotFit, InvalidRequest
 from loramill.sizing import ADJUSTABLE, GpuPool, SizingRequest, anatomy, plan
-from loramill.sizing.memory import Device, MemoryEstimate, estimate, largest_row
+from loramill.sizing.memory import MemoryEstimate, estimate
+from loramill.sizing.passes import Device, largest_row
 from loramill.sizing.session_plan import plan_session
 from loramill.sizing.targets import trained_elements
 from loramill.sizing.tenants import SessionJob, estimate_session, largest_pass

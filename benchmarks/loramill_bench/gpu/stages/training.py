@@ -15,7 +15,8 @@ from typing import Any
 
 from loramill.data.encoding import EncodedExample
 from loramill.sizing.anatomy import Anatomy, anatomy
-from loramill.sizing.memory import estimate, largest_row
+from loramill.sizing.memory import estimate
+from loramill.sizing.passes import largest_row
 from loramill.types import JobSpec
 from loramill_bench.gpu import model as performance
 from loramill_bench.gpu.bases import has_bitsandbytes, llama, random_trainable
