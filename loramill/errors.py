@@ -19,6 +19,7 @@
     ├── DeadlineExceeded             504 deadline_exceeded
     ├── SetupError                   500 setup_error            this machine cannot run loramill as it is set up
     │   ├── SettingsInvalid          500 settings_invalid
+    │   │   └── DefinitionInvalid    500 definition_invalid     faults of nightly.yaml
     │   ├── PortTaken                500 port_taken
     │   ├── DiskFull                 500 disk_full
     │   ├── NotEnoughMemory          500 not_enough_memory
@@ -228,6 +229,16 @@ class SettingsInvalid(SetupError):
     """A setting is unknown or has an invalid value."""
 
     code = "settings_invalid"
+
+
+class DefinitionInvalid(SettingsInvalid):
+    """The definition of nightly runs has faults; `problems` lists all of them, each with file, line and key."""
+
+    code = "definition_invalid"
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.problems = tuple(problems)
 
 
 class PortTaken(SetupError):

@@ -26,8 +26,8 @@ from loramill.errors import SettingsInvalid
 from loramill.gpus import ray_share
 from loramill.types import Quantization, RetentionPolicy, ServedQuantization
 
-#: A folder; its path may begin with ~ and is made absolute, since processes have different working folders.
-FolderPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+#: A folder or file; its path may begin with ~ and is made absolute, since processes have different working folders.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 #: An origin as browsers send it: without a path, not even "/".
@@ -262,6 +262,16 @@ class JobSettings(_Section):
         return ray_share((self.gpu_fraction or 1.0) / self.per_gpu)
 
 
+class NightlySettings(_Section):
+    """Nightly runs."""
+
+    file: AbsolutePath | None = Field(
+        default=None,
+        description="File that defines nightly runs and their schedule. Unset: nightly.yaml in `home`; without that "
+        "file, runs start by `loramill nightly run` alone.",
+    )
+
+
 class Settings(BaseSettings):
     """All settings of loramill, read by `Settings.load()`."""
 
@@ -273,12 +283,12 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    home: FolderPath = Field(
+    home: AbsolutePath = Field(
         default=Path("~/.loramill"),
         validate_default=True,
         description="Folder of the database, the artifacts, the admin key and the logs.",
     )
-    cache: FolderPath = Field(
+    cache: AbsolutePath = Field(
         default=Path("~/.cache/loramill"),
         validate_default=True,
         description="Folder of converted and quantized base models; it can be deleted at any time.",
@@ -306,6 +316,7 @@ class Settings(BaseSettings):
     )
     serve: ServeSettings = Field(default=ServeSettings(), description="Gateways and engine replicas.")
     jobs: JobSettings = Field(default=JobSettings(), description="The pool that runs fine-tune jobs.")
+    nightly: NightlySettings = Field(default=NightlySettings(), description="Nightly runs.")
     retention: RetentionPolicy = Field(
         default=RetentionPolicy(), description="Which versions and checkpoints the supervisor removes, every hour."
     )
@@ -372,6 +383,11 @@ class Settings(BaseSettings):
         """URL (a path if local) of jobs' checkpoints, next to the artifacts; every node must be able to reach it."""
         url = self.artifacts.rstrip("/") + "-checkpoints"
         return unquote(urlsplit(url).path) if url.startswith("file:") else url
+
+    @property
+    def nightly_file(self) -> Path:
+        """File that defines nightly runs, with the default filled in; it may not exist."""
+        return self.nightly.file or self.home / "nightly.yaml"
 
     @property
     def address(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Annotated
 
@@ -11,9 +10,8 @@ import typer
 from loramill.cli.arguments import JsonFlag, TenantArgument
 from loramill.cli.format import local_time, print_json, print_line, print_message, print_table, time_ago
 from loramill.client import Client
+from loramill.durations import parse_duration
 from loramill.types import KeyRecord, Scope
-
-_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def create_key(
@@ -28,7 +26,7 @@ def create_key(
     json: JsonFlag = False,
 ) -> None:
     """Create an API key and print it. It can't be shown again."""
-    expires_at = None if expires is None else time.time() + _parse_duration(expires)
+    expires_at = None if expires is None else time.time() + _read_expires(expires)
     with Client() as client:
         made = client.keys.create(tenant, scopes=scope or None, expires_at=expires_at)
     if json:
@@ -57,11 +55,11 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY", help="ID of 
     print_message(f"{key_id} is revoked.")
 
 
-def _parse_duration(text: str) -> float:
-    found = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    if found is None:
-        raise typer.BadParameter("give a duration such as 90s, 15m, 12h or 30d.", param_hint="--expires")
-    return float(int(found[1]) * _UNIT_SECONDS[found[2]])
+def _read_expires(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.", param_hint="--expires") from error
 
 
 def _format_scopes(key: KeyRecord) -> str:

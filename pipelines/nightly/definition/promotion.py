@@ -1,0 +1,157 @@
+"""Sections of nightly.yaml on evaluation and promotion; their descriptions become docs/reference/nightly.md."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from loramill.pipelines.nightly.definition.fields import (
+    Duration,
+    Location,
+    PythonFunction,
+    WebUrl,
+)
+from loramill.types import FrozenModel
+
+#: Scores of an answer, each 0 to 1; `loss` is the mean loss per supervised token.
+Metric = Literal["loss", "exact_match", "token_f1", "rouge_l", "json_valid", "scorer", "judge"]
+#: What is computed unless `metrics` is set.
+DEFAULT_METRICS: tuple[Metric, ...] = ("exact_match", "token_f1", "rouge_l")
+
+
+def _check_metrics(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+    if not metrics:
+        raise ValueError("must contain at least one metric")
+    return metrics
+
+
+class JudgeDefinition(FrozenModel):
+    """A language model that scores answers, behind any endpoint in OpenAI's format."""
+
+    url: WebUrl = Field(description="URL of the endpoint up to and with /v1; may contain ${NAME}, a variable.")
+    model: str = Field(min_length=1, description="Name of the model.")
+    prompt: str | None = Field(
+        default=None,
+        description="Instruction to the judge, in which {question}, {reference} and {answer} are replaced; it has to "
+        "request a score from 0 to 10. Unset: a built-in one.",
+    )
+    api_key: str | None = Field(
+        default=None, description="API key, as ${NAME}: the environment variable that contains it."
+    )
+
+
+class EvaluateDefinition(FrozenModel):
+    """What challenger, champion and base are scored on."""
+
+    metrics: Annotated[tuple[Metric, ...], AfterValidator(_check_metrics)] | None = Field(
+        default=None,
+        description="Scores that are computed for each answer. Unset: exact_match, token_f1 and rouge_l, and scorer "
+        "and judge where they are set.",
+    )
+    scorer: PythonFunction | None = Field(
+        default=None,
+        description="A Python function for the metric `scorer`, as package.module:function or folder/file.py:function. "
+        "It gets the question, the reference and the answer, and returns 0 to 1.",
+    )
+    judge: JudgeDefinition | None = Field(default=None, description="The model for the metric `judge`.")
+    slices_by: str | None = Field(
+        default=None, description="Field of the rows by whose values held-out examples are divided into slices."
+    )
+    golden: Location | None = Field(
+        default=None,
+        description="Examples that a challenger has to answer right: a path or URL, in which {tenant} and {adapter} "
+        "are replaced, or the ID of a dataset.",
+    )
+
+    @property
+    def computed_metrics(self) -> tuple[Metric, ...]:
+        """The scores that are computed, with the default filled in."""
+        custom: tuple[Metric, ...] = ("scorer", "judge")
+        return self.metrics or (*DEFAULT_METRICS, *(name for name in custom if getattr(self, name) is not None))
+
+
+class GateDefinition(FrozenModel):
+    """When a challenger replaces the champion."""
+
+    metric: Metric = Field(default="token_f1", description="Score that decides.")
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1, description="Confidence that a gain must have, over all slices together."
+    )
+    max_loss: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="How much worse than the champion a challenger may be on a slice of old data, in the metric.",
+    )
+    min_gain: float = Field(
+        default=0.0, ge=0, le=1, description="By how much a challenger must be better on new data, in the metric."
+    )
+    min_golden: float = Field(
+        default=1.0, ge=0, le=1, description="Fraction of the golden examples that a challenger has to answer right."
+    )
+    approval: Literal["automatic", "manual"] = Field(
+        default="automatic",
+        description="Whether a challenger that passes is promoted at once, or waits for `loramill nightly approve`.",
+    )
+
+
+class CanaryDefinition(FrozenModel):
+    """How a challenger that passed the gate is introduced."""
+
+    share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the requests that the challenger answers before it is promoted, by user or API key, so "
+        "that each gets one version; 0: it is promoted at once.",
+    )
+    shadow: bool = Field(
+        default=False,
+        description="Whether the challenger first answers copies of requests; these answers are compared, never sent.",
+    )
+
+
+class WatchDefinition(FrozenModel):
+    """When a new champion is rolled back automatically."""
+
+    window: Duration = Field(
+        default=timedelta(hours=1), description="How long a new champion is watched; 0s: not at all."
+    )
+    min_requests: int = Field(
+        default=50, ge=1, description="Number of answers from which versions are compared; with fewer, nothing happens."
+    )
+    max_error_rate_increase: float = Field(
+        default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."
+    )
+    max_empty_rate_increase: float = Field(
+        default=0.02, ge=0, le=1, description="By how much the fraction of empty answers may rise."
+    )
+    max_cut_rate_increase: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="By how much the fraction of answers that reach their length limit may rise.",
+    )
+    max_rating_decrease: float = Field(
+        default=0.1, ge=0, le=1, description="By how much the fraction of good ratings may fall."
+    )
+    max_latency_ratio: float = Field(
+        default=1.5, ge=1, description="Largest ratio of the time per answer to that of the version before."
+    )
+
+
+class NotifyDefinition(FrozenModel):
+    """A message after each run."""
+
+    webhook: WebUrl | None = Field(
+        default=None,
+        description="URL that gets the message as JSON in Slack's format; may contain ${NAME}, an environment "
+        "variable.",
+    )
+    on: Literal["always", "changes", "problems"] = Field(
+        default="changes",
+        description="After which runs: all, those that promoted, failed or wait for approval, or those that failed or "
+        "were rolled back.",
+    )

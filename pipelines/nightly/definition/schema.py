@@ -1,0 +1,156 @@
+"""The definition of nightly runs, as nightly.yaml contains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, Field, field_serializer, model_validator
+
+from loramill.pipelines.nightly.definition.fields import Globs
+from loramill.pipelines.nightly.definition.promotion import (
+    CanaryDefinition,
+    EvaluateDefinition,
+    GateDefinition,
+    NotifyDefinition,
+    WatchDefinition,
+)
+from loramill.pipelines.nightly.definition.training import (
+    BudgetDefinition,
+    FeedbackDefinition,
+    ReplayDefinition,
+    ScheduleDefinition,
+    SourceDefinition,
+    SplitDefinition,
+    TrainDefinition,
+)
+from loramill.types import FrozenModel
+
+_Section = TypeVar("_Section", bound=BaseModel)
+
+
+class AdapterDefinition(FrozenModel):
+    """The sections that may differ between adapters, as they apply to one adapter."""
+
+    feedback: FeedbackDefinition = Field(default=FeedbackDefinition())
+    split: SplitDefinition = Field(default=SplitDefinition())
+    train: TrainDefinition = Field(default=TrainDefinition())
+    replay: ReplayDefinition = Field(default=ReplayDefinition())
+    evaluate: EvaluateDefinition = Field(default=EvaluateDefinition())
+    gate: GateDefinition = Field(default=GateDefinition())
+    canary: CanaryDefinition = Field(default=CanaryDefinition())
+    watch: WatchDefinition = Field(default=WatchDefinition())
+
+    def fault(self) -> tuple[str, str] | None:
+        """Returns a section that contradicts another one, with the reason; None if they fit together."""
+        metrics = self.evaluate.computed_metrics
+        for name in ("scorer", "judge"):
+            if name in metrics and getattr(self.evaluate, name) is None:
+                return "evaluate", f"metrics contains {name}, but evaluate.{name} is not set"
+        if self.gate.metric not in metrics:
+            return "gate", f"metric is {self.gate.metric}, which evaluate.metrics does not contain"
+        return None
+
+
+class DefinitionFault(ValueError):
+    """Sections contradict each other; `path` leads to one of them in the file."""
+
+    def __init__(self, path: tuple[str | int, ...], reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
+class OverrideDefinition(FrozenModel):
+    """Other values for some adapters; what it does not set stays as it is for all."""
+
+    adapters: Globs = Field(description="Adapters that the values are for: globs over their names.")
+    feedback: FeedbackDefinition | None = Field(default=None, description="As the section `feedback`.")
+    split: SplitDefinition | None = Field(default=None, description="As the section `split`.")
+    train: TrainDefinition | None = Field(default=None, description="As the section `train`.")
+    replay: ReplayDefinition | None = Field(default=None, description="As the section `replay`.")
+    evaluate: EvaluateDefinition | None = Field(default=None, description="As the section `evaluate`.")
+    gate: GateDefinition | None = Field(default=None, description="As the section `gate`.")
+    canary: CanaryDefinition | None = Field(default=None, description="As the section `canary`.")
+    watch: WatchDefinition | None = Field(default=None, description="As the section `watch`.")
+
+
+class NightlyDefinition(FrozenModel):
+    """What nightly runs do, and when. An empty file is valid, and so is one with a single key."""
+
+    schedule: ScheduleDefinition = Field(default=ScheduleDefinition(), description="When runs start by themselves.")
+    adapters: Globs = Field(
+        default=("*",), description="Adapters that runs retrain, by globs over their names: *, acme/*, */support."
+    )
+    exclude: Globs = Field(default=(), description="Adapters of these that runs leave alone, by globs.")
+    sources: tuple[SourceDefinition, ...] = Field(
+        default=(), description="Where new data is found, in addition to `loramill data add`."
+    )
+    feedback: FeedbackDefinition = Field(default=FeedbackDefinition(), description="Feedback as new data.")
+    split: SplitDefinition = Field(default=SplitDefinition(), description="Checks of new data, and held-out examples.")
+    train: TrainDefinition = Field(default=TrainDefinition(), description="Training of challengers.")
+    replay: ReplayDefinition = Field(default=ReplayDefinition(), description="Old examples among the new ones.")
+    evaluate: EvaluateDefinition = Field(default=EvaluateDefinition(), description="Scores of held-out examples.")
+    gate: GateDefinition = Field(default=GateDefinition(), description="Promotion of challengers.")
+    canary: CanaryDefinition = Field(default=CanaryDefinition(), description="Introduction of challengers.")
+    watch: WatchDefinition = Field(default=WatchDefinition(), description="Rollback of new champions.")
+    budget: BudgetDefinition = Field(default=BudgetDefinition(), description="What one run may spend.")
+    notify: NotifyDefinition = Field(default=NotifyDefinition(), description="A message after each run.")
+    overrides: tuple[OverrideDefinition, ...] = Field(
+        default=(), description="Other values for some adapters; where several match an adapter, later ones win."
+    )
+
+    @field_serializer("overrides")
+    def _only_set(self, overrides: tuple[OverrideDefinition, ...]) -> list[dict[str, Any]]:
+        """What an override does not set stays so when a definition is stored and read again."""
+        return [override.model_dump(mode="json", exclude_unset=True) for override in overrides]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, value: object) -> object:
+        """A section's name without content, which YAML reads as null, is the same as no section."""
+        return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if fault := self._overlaid([]).fault():
+            raise DefinitionFault((fault[0],), fault[1])
+        for index, override in enumerate(self.overrides):
+            if fault := self._overlaid([override]).fault():
+                raise DefinitionFault(("overrides", index, fault[0]), fault[1])
+        return self
+
+    def includes(self, adapter: str) -> bool:
+        """Whether runs retrain an adapter."""
+        return matches(adapter, self.adapters) and not matches(adapter, self.exclude)
+
+    def for_adapter(self, adapter: str) -> AdapterDefinition:
+        """Returns the sections that may differ between adapters, with the overrides that match this one."""
+        return self._overlaid([each for each in self.overrides if matches(adapter, each.adapters)])
+
+    def _overlaid(self, overrides: Iterable[OverrideDefinition]) -> AdapterDefinition:
+        found = AdapterDefinition(**{name: getattr(self, name) for name in AdapterDefinition.model_fields})
+        for override in overrides:
+            sections = {name: getattr(override, name) for name in AdapterDefinition.model_fields}
+            changed = {
+                name: _overlay(getattr(found, name), section)
+                for name, section in sections.items()
+                if section is not None
+            }
+            found = found.model_copy(update=changed)
+        return found
+
+
+def matches(adapter: str, globs: Iterable[str]) -> bool:
+    """Whether an adapter's name matches one of the globs."""
+    return any(fnmatchcase(adapter, glob) for glob in globs)
+
+
+def _overlay(section: _Section, changes: _Section) -> _Section:
+    """A section with the values that another one sets."""
+    values: dict[str, object] = {}
+    for name in changes.model_fields_set:
+        old, new = getattr(section, name), getattr(changes, name)
+        both = isinstance(old, BaseModel) and isinstance(new, BaseModel)
+        values[name] = _overlay(old, new) if both else new
+    return section.model_copy(update=values)
