@@ -112,6 +112,7 @@ def resolve_spec(
         _check_same_rank_and_scale(options, chosen)
     chosen |= _method_defaults(options) | _schedule_defaults(request, examples)
     requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
+    _check_init_rank(requested, chosen.get("method", "lora"))
     try:
         return JobSpec.model_validate(chosen | requested)
     except ValidationError as error:
@@ -193,6 +194,16 @@ def _check_same_rank_and_scale(options: LoramillOptions, adapter: Mapping[str, A
                 "'start_from'.",
                 param=f"loramill.{name}",
             )
+
+
+def _check_init_rank(requested: Mapping[str, Any], method: str) -> None:
+    """Refuses an initial rank for a method that has none."""
+    if "init_rank" in requested and method != "adalora":
+        raise InvalidRequest(
+            f"'loramill.init_rank' is the rank that AdaLoRA prunes, and the method is '{method}': omit it, or set "
+            "'method' to 'adalora'.",
+            param="loramill.init_rank",
+        )
 
 
 def _method_defaults(options: LoramillOptions) -> dict[str, Any]:

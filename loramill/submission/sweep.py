@@ -71,6 +71,18 @@ def check_sweep(sweep: Mapping[str, Sequence[object]]) -> None:
                 raise _refusal(f"'{name}' has the value {value} twice: remove one.")
 
 
+def check_validation_file(valid: str | None) -> None:
+    """Checks that a sweep has a validation file.
+
+    Raises:
+        InvalidRequest: it has none.
+    """
+    if valid is None:
+        raise InvalidRequest(
+            "A sweep compares its candidates by their validation loss: give a validation file.", param="validation_file"
+        )
+
+
 def candidate_requests(request: JobRequest) -> list[JobRequest]:
     """The request of each candidate of a sweep; of another job, the request itself.
 
@@ -85,10 +97,7 @@ def candidate_requests(request: JobRequest) -> list[JobRequest]:
     for name in options.sweep:
         if getattr(options, name) is not None:
             raise _refusal(f"'{name}' is given as an option and in the sweep: remove one.")
-    if request.valid is None:
-        raise InvalidRequest(
-            "A sweep compares its candidates by their validation loss: give a validation file.", param="validation_file"
-        )
+    check_validation_file(request.valid)
     if options.executor == "dedicated":
         raise InvalidRequest(
             "The candidates of a sweep share a session: leave 'executor' out.", param="loramill.executor"

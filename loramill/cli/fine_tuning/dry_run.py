@@ -14,6 +14,7 @@ from loramill.client.uploads import read_valid
 from loramill.names import AdapterName
 from loramill.submission.objectives import check_kind
 from loramill.submission.options import read_options
+from loramill.submission.sweep import check_validation_file
 
 
 def dry_run(adapter: str, train: str, valid: str | None, job_options: Mapping[str, Any], *, json: bool) -> None:
@@ -23,6 +24,8 @@ def dry_run(adapter: str, train: str, valid: str | None, job_options: Mapping[st
     options = read_options(
         {name: value for name, value in job_options.items() if name not in ("columns", "valid_columns")}
     )
+    if options.sweep is not None:
+        check_validation_file(valid)
     length, train_on = options.max_length, options.train_on
     with Client() as client:
         found = [client.files.check(train, tenant=tenant, columns=columns, max_length=length, train_on=train_on)]

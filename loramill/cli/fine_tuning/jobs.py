@@ -73,11 +73,13 @@ def show_job(job_id: JobArgument, json: JsonFlag = False) -> None:
     print_fields(_job_fields(job))
     if job.sweep:
         print_line("")
-        _print_candidates(job.sweep)
+        _print_candidates(job.sweep, job.status)
     return None
 
 
-def _print_candidates(candidates: Sequence[SweepCandidate]) -> None:
+def _print_candidates(candidates: Sequence[SweepCandidate], status: str) -> None:
+    # A candidate that was not compared yet trains only while its job runs.
+    states = {"training": "training" if status == "running" else status}
     names = list(candidates[0].values)
     print_table(
         ("CANDIDATE", *(name.upper() for name in names), "STEP", "VALIDATION LOSS", "LOWEST", "STATE"),
@@ -88,7 +90,7 @@ def _print_candidates(candidates: Sequence[SweepCandidate]) -> None:
                 str(each.step),
                 _format_loss(each.valid_loss),
                 _format_loss(each.best_valid_loss),
-                f"{each.state}: {each.error}" if each.error else each.state,
+                f"{each.state}: {each.error}" if each.error else states.get(each.state, each.state),
             )
             for each in candidates
         ),

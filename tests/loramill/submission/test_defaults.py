@@ -179,6 +179,8 @@ def test_a_small_context_bounds_the_examples() -> None:
         ({}, {"steps": 0}, "loramill.steps"),
         ({}, {"dropout": 1.0}, "loramill.dropout"),
         ({}, {"targets": ()}, "loramill.targets"),
+        ({}, {"init_rank": 12}, "loramill.init_rank"),
+        ({}, {"method": "dora", "init_rank": 12}, "loramill.init_rank"),
     ],
 )
 def test_an_option_out_of_range_is_named(hyperparameters: dict[str, Any], options: dict[str, Any], param: str) -> None:

@@ -241,5 +241,7 @@ def test_a_dry_run_reports_refusals(tenant: str) -> None:
     table("train.csv", "prompt,completion")
     long = loramill("submit", f"{tenant}/a", "--train", "train.csv", "--max-length", "8", "--dry-run")
     assert long.exit_code == 1 and "train.csv, row 1: it has" in long.stderr and "the limit is 8" in long.stderr
+    sweep = loramill("submit", f"{tenant}/a", "--train", "train.csv", "--sweep", "rank=4,8", "--dry-run")
+    assert sweep.exit_code == 1 and "give a validation file" in sweep.stderr
     for arguments in (["--file", "jobs.toml"], [f"{tenant}/a"]):
         assert loramill("submit", *arguments, "--dry-run").exit_code == 2

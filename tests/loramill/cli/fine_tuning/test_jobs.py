@@ -60,7 +60,9 @@ def test_a_sweep_is_shown_as_a_table(tenant: str, gateway: RunningGateway) -> No
     lines = ok("jobs", "show", job_id).stdout.splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("CANDIDATE"))
     assert lines[header].split()[1:4] == ["RANK", "ALPHA", "LEARNING_RATE"]
-    assert len(lines) == header + 5 and lines[-1].split()[-1] == "training"
+    assert len(lines) == header + 5 and lines[-1].split()[-1] == "queued"
+    ok("jobs", "cancel", job_id)
+    assert ok("jobs", "show", job_id).stdout.splitlines()[-1].split()[-1] == "cancelled"
     for text, message in (("rnk=1,2", "did you mean 'rank'"), ("", "has no candidates")):
         assert message in loramill("submit", f"{tenant}/a", "--train", "train.jsonl", "--sweep", text).output
 
