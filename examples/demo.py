@@ -338,7 +338,7 @@ def run_nightly_pipeline(client: Client, tenants: list[Tenant]) -> list[NightlyR
     with registry.reading() as session:
         steps = records.list_steps(session, run.id)
     found = {outcome.adapter: outcome for outcome in outcomes(steps)}
-    scores = {step.adapter: step.result for step in steps if step.step == "evaluate"}
+    scores = {step.adapter: step.result["slices"] for step in steps if step.step == "evaluate"}
     lines = [
         nightly_result(tenant, found[tenant.model], scores[tenant.model], before[tenant.model], client)
         for tenant in fed

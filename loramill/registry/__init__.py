@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from loramill.registry.artifacts.store import ArtifactStore
 from loramill.registry.database.engine import for_reading, for_writing, make_engine, parse_url, translate_db_errors
 from loramill.registry.database.migrate import check_current, migrate
-from loramill.registry.database.tables import DatasetRow, JobRow, PrunedVersionRow, VersionRow
+from loramill.registry.database.tables import DatasetRow, EvaluationRow, JobRow, PrunedVersionRow, VersionRow
 
 #: Seconds for which the files of a version stay after retention removed it: requests and jobs that began before may
 #: still load them. A request is admitted with a version that was read at most `serve.grace_seconds` (180) before.
@@ -32,7 +32,7 @@ class Registry:
     """An open registry; picklable, and safe to share between threads.
 
     Attributes:
-        artifacts: content of datasets and versions, by hash.
+        artifacts: content of datasets, versions and evaluations, by hash.
         commit_token: replaced by a new object at each commit through this registry that invalidates caches.
     """
 
@@ -98,7 +98,7 @@ class Registry:
             The number of artifacts and leftovers that were deleted.
         """
         with self.reading() as session:
-            columns = (DatasetRow.artifact, VersionRow.id, JobRow.result)
+            columns = (DatasetRow.artifact, VersionRow.id, JobRow.result, EvaluationRow.results)
             known = {artifact for column in columns for artifact in session.scalars(select(column)) if artifact}
             lately = PrunedVersionRow.pruned_at > time.time() - PRUNED_GRACE_SECONDS
             known.update(session.scalars(select(PrunedVersionRow.version).where(lately)))

@@ -1,17 +1,19 @@
-"""Evaluations: metrics of a version, or of the base alone, on held-out examples."""
+"""Evaluations: metrics of a version, or of the base alone, on held-out examples, and their results per example."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from loramill.names import AdapterName
-from loramill.registry import adapters
+from loramill.registry import ArtifactStore, adapters
 from loramill.registry.database.tables import EvaluationRow
-from loramill.types import EvaluationRecord
+from loramill.types import EvaluationRecord, ExampleResult
+
+_RESULTS_FILE = "results.jsonl"
 
 
 def add(
@@ -22,8 +24,12 @@ def add(
     slice: str,  # noqa: A002
     examples: int,
     metrics: Mapping[str, float],
+    results: str | None = None,
 ) -> EvaluationRecord:
     """Records the metrics (finite numbers) of a version, or of the base (None), on `examples` examples of a dataset.
+
+    Args:
+        results: from `store_results`; kept as long as an evaluation refers to it.
 
     Raises:
         NotFound: there is no such adapter.
@@ -36,6 +42,7 @@ def add(
         slice=slice,
         examples=examples,
         metrics=dict(metrics),
+        results=results,
         created_at=time.time(),
     )
     session.add(row)
@@ -47,3 +54,23 @@ def list_evaluations(session: Session, name: AdapterName | str) -> list[Evaluati
     """Returns the evaluations of an adapter, newest first."""
     statement = select(EvaluationRow).where(EvaluationRow.adapter == str(name)).order_by(EvaluationRow.id.desc())
     return [EvaluationRecord.model_validate(row) for row in session.scalars(statement)]
+
+
+def store_results(artifacts: ArtifactStore, results: Sequence[ExampleResult]) -> str:
+    """Stores results per example as JSONL, and returns the artifact's hash for `add`.
+
+    Raises:
+        DiskFull, StoreUnusable, Unavailable: as `ArtifactStore.put`.
+    """
+    return artifacts.put({_RESULTS_FILE: "".join(f"{each.model_dump_json()}\n" for each in results).encode()})
+
+
+def read_results(artifacts: ArtifactStore, artifact: str) -> list[ExampleResult]:
+    """Reads what `store_results` stored.
+
+    Raises:
+        ArtifactMissing, ArtifactCorrupt, StoreUnusable, Unavailable: as `ArtifactStore.read`.
+    """
+    # Not splitlines(): JSON leaves characters such as U+2028 in an answer as they are.
+    lines = artifacts.read(artifact, _RESULTS_FILE).decode().split("\n")
+    return [ExampleResult.model_validate_json(line) for line in lines if line]

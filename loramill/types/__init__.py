@@ -4,10 +4,11 @@ Times are seconds since the epoch (UTC). IDs have a prefix for their kind, as in
 `key-…`); versions, artifacts and bases are identified by a SHA-256 in hex.
 """
 
-from loramill.types.adapters import AdapterRecord, Alias, AliasChange, DeletionSummary, EvaluationRecord, VersionRecord
+from loramill.types.adapters import AdapterRecord, Alias, AliasChange, DeletionSummary, VersionRecord
 from loramill.types.base import FrozenModel
 from loramill.types.datasets import DatasetRecord
 from loramill.types.devices import GpuInfo
+from loramill.types.evaluations import Candidate, EvaluationRecord, ExampleResult
 from loramill.types.jobs import (
     ALL_LINEAR,
     ATTENTION_TARGETS,
@@ -42,11 +43,13 @@ __all__ = [
     "Alias",
     "AliasChange",
     "AuditRecord",
+    "Candidate",
     "CandidateState",
     "CheckpointRecord",
     "DatasetRecord",
     "DeletionSummary",
     "EvaluationRecord",
+    "ExampleResult",
     "Executor",
     "FrozenModel",
     "GpuInfo",

@@ -1,4 +1,4 @@
-"""Adapters, their versions and aliases, and evaluations."""
+"""Adapters, their versions and aliases."""
 
 from __future__ import annotations
 
@@ -51,19 +51,6 @@ class AliasChange(FrozenModel):
     version: str | None = Field(description="Version that it points to since then. Null: none.")
     reason: str = Field(description="Why it was changed.")
     created_at: float = Field(description="When it was changed, in seconds since the epoch.")
-
-
-class EvaluationRecord(FrozenModel):
-    """Metrics of a version, or of the base (`version` is None), on one slice of held-out examples."""
-
-    id: int = Field(description="Number of the evaluation.")
-    adapter: str = Field(description="Name of the adapter.")
-    version: str | None = Field(description="Version that was evaluated. Null: the base model.")
-    dataset: str = Field(description="ID of the dataset.")
-    slice: str = Field(description="Name of the slice of held-out examples.")
-    examples: int = Field(description="Number of examples.")
-    metrics: dict[str, float] = Field(description="Metrics by name.")
-    created_at: float = Field(description="When it was evaluated, in seconds since the epoch.")
 
 
 class DeletionSummary(FrozenModel):

@@ -59,7 +59,7 @@ def _collect_adapter(context: NightlyContext, adapter: str) -> None:
 def plan_training(
     session: Session, artifacts: ArtifactStore, name: AdapterName, new_data: NewData, base: Base, minimum: int = 1
 ) -> dict[str, Any] | InsufficientData:
-    """Creates the run's datasets and returns what to train: `{spec, champion, slices: {name: dataset}}`.
+    """Creates the run's datasets and returns what to train: `{spec, champion, previous, slices: {name: dataset}}`.
 
     The training set is the new examples and a replay of old ones. Two slices are held out: `before`, the champion's
     validation set, and `new`, a part of the new data. The challenger's validation set is both. Old data that its
@@ -73,8 +73,11 @@ def plan_training(
         NotFound: the adapter or a file was deleted.
         DatasetInvalid: the old and the new data cannot be combined.
     """
-    champion = adapters.get(session, name).champion
+    adapter = adapters.get(session, name)
+    champion, previous = adapter.champion, adapter.previous
     origin = _version(session, name, champion, base).job if champion else None
+    if previous and adapters.get_version(session, previous).base != base.fingerprint:
+        previous = None  # it cannot be served any more
     old = jobs.get(session, origin).spec if origin else None
     # Preferences are not trained together with answers.
     old_files = (old.train, old.valid) if old and old.objective == "sft" else (None, None)
@@ -100,7 +103,7 @@ def plan_training(
     valid = freeze("valid", _rows(session, artifacts, [old_valid]) + new_valid)
     slices = {"new": freeze("new", new_valid).id} | ({"before": old_valid} if old_valid else {})
     spec = next_spec(old, champion, train, valid) if old and champion else first_spec(name, train, valid, base)
-    return {"spec": spec.model_dump(mode="json"), "champion": champion, "slices": slices}
+    return {"spec": spec.model_dump(mode="json"), "champion": champion, "previous": previous, "slices": slices}
 
 
 def _rows(session: Session, artifacts: ArtifactStore, files: Iterable[str | None]) -> list[bytes]:

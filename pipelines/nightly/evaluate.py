@@ -1,20 +1,23 @@
-"""The evaluation stage: base, champion and challenger of every adapter on its held-out slices."""
+"""The evaluation stage: base, previous, champion and challenger of every adapter on its held-out slices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from loramill.data.examples import Example, read_examples
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.errors import LoramillError
+from loramill.errors import LoramillError, NotFound
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.context import TRANSIENT_ERRORS, NightlyContext, NightlyProgress
+from loramill.pipelines.nightly.evaluation.results import example_digest, example_results
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
-from loramill.pipelines.nightly.scoring import Score, score
-from loramill.registry import datasets, evaluations
+from loramill.pipelines.nightly.scoring import Score, mean_score
+from loramill.registry import adapters, datasets, evaluations
+from loramill.types import Candidate, ExampleResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +25,13 @@ class EvalCell:
     """One slice of held-out examples, for one candidate.
 
     Attributes:
-        role: "base", "champion" or "challenger".
         model: the candidate's name in the API.
         version: the candidate's version; None for the base.
     """
 
     slice: str
     dataset: str
-    role: str
+    role: Candidate
     model: str
     version: str | None
     examples: tuple[Example, ...]
@@ -41,7 +43,7 @@ Answers = Mapping[Key, Sequence[EvalAnswer | LoramillError]]
 
 
 def evaluate_all(context: NightlyContext) -> None:
-    """Scores base, champion and challenger of every adapter on its held-out slices, all questions mixed.
+    """Scores the candidates of every adapter on its held-out slices, all questions mixed.
 
     Raises:
         NotRunning, Unavailable: the gateway is unreachable.
@@ -85,20 +87,31 @@ def _answer(context: NightlyContext, questions: Mapping[Key, Sequence[EvalQuesti
 
 
 def list_cells(context: NightlyContext, adapter: str) -> list[EvalCell]:
-    """Every slice of an adapter's held-out examples for its base, champion and challenger.
+    """Every slice of an adapter's held-out examples for each of its candidates.
 
     Raises:
         NotFound: the adapter, a version or a slice was deleted.
     """
     plan, trained = context.done("collect")[adapter], context.done("train")[adapter]
-    versions = {"base": None, "champion": plan["champion"], "challenger": trained["version"]}
-    models = model_names(context, adapter, plan["champion"], trained["version"])
+    versions = _versions(context, plan, trained["version"])
+    name = AdapterName.parse(adapter)
     return [
-        EvalCell(slice_, dataset, role, model, versions[role], examples)
+        EvalCell(slice_, dataset, role, name.at(version) if version else context.base.name, version, examples)
         for slice_, dataset in plan["slices"].items()
         for examples in [load_examples(context, dataset)]
-        for role, model in models.items()
+        for role, version in versions.items()
     ]
+
+
+def _versions(context: NightlyContext, plan: Mapping[str, Any], challenger: str) -> dict[Candidate, str | None]:
+    """The candidates' versions; there is no champion before the first promotion, and none before the first champion."""
+    versions: dict[Candidate, str | None] = {"base": None}
+    if previous := plan.get("previous"):
+        with context.registry.reading() as session, suppress(NotFound):  # deleted since
+            versions["previous"] = adapters.get_version(session, previous).id
+    if plan["champion"]:
+        versions["champion"] = plan["champion"]
+    return {**versions, "challenger": challenger}
 
 
 def _record(context: NightlyContext, adapter: str, cells: Sequence[EvalCell], answers: Answers) -> None:
@@ -116,33 +129,43 @@ def _record(context: NightlyContext, adapter: str, cells: Sequence[EvalCell], an
         with context.registry.writing() as session:
             context.report(context.record_pending(session, adapter, "evaluate", {"error": errors[0].message}))
         return
-    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    results = _results(by_cell)
+    # Stored before the transaction that refers to it: a run that is killed in between stores the same artifact again.
+    artifact = evaluations.store_results(context.registry.artifacts, list(results.values()))
+    slices: dict[str, dict[str, dict[str, Any]]] = {}
     with context.registry.writing() as session:
-        for cell, each in by_cell:
-            result = _score(cell, each)
-            scores.setdefault(cell.slice, {})[cell.role] = asdict(result)
+        for cell, _ in by_cell:
+            mean = _mean(cell, results)
+            slices.setdefault(cell.slice, {})[cell.role] = asdict(mean)
             evaluations.add(
                 session,
                 adapter,
                 version=cell.version,
                 dataset=cell.dataset,
                 slice=cell.slice,
-                examples=result.examples,
-                metrics={"exact_match": result.exact_match, "token_f1": result.token_f1},
+                examples=mean.examples,
+                metrics={"exact_match": mean.exact_match, "token_f1": mean.token_f1},
+                results=artifact,
             )
-        context.finish(session, adapter, "evaluate", scores)
+        context.finish(session, adapter, "evaluate", {"slices": slices, "results": artifact})
 
 
-def _score(cell: EvalCell, answers: Sequence[EvalAnswer | LoramillError]) -> Score:
-    texts = [answer.text for answer in answers if isinstance(answer, EvalAnswer)]
-    return score(texts, [example.completion for example in cell.examples])
+def _results(
+    by_cell: Sequence[tuple[EvalCell, Sequence[EvalAnswer | LoramillError]]],
+) -> dict[tuple[Candidate, str], ExampleResult]:
+    """The results by candidate and example."""
+    found: dict[tuple[Candidate, str], ExampleResult] = {}
+    for role in dict.fromkeys(cell.role for cell, _ in by_cell):
+        own = [(cell, each) for cell, each in by_cell if cell.role == role]
+        examples = {cell.slice: cell.examples for cell, _ in own}
+        answers = {cell.slice: [answer for answer in each if isinstance(answer, EvalAnswer)] for cell, each in own}
+        for result in example_results(role, own[0][0].version, examples, answers):
+            found[role, result.example] = result
+    return found
 
 
-def model_names(context: NightlyContext, adapter: str, champion: str | None, challenger: str) -> dict[str, str]:
-    """Model names in the API by role; there is no champion before the first promotion."""
-    name = AdapterName.parse(adapter)
-    names = {"base": context.base.name, "challenger": name.at(challenger)}
-    return names | ({"champion": name.at(champion)} if champion else {})
+def _mean(cell: EvalCell, results: Mapping[tuple[Candidate, str], ExampleResult]) -> Score:
+    return mean_score([results[cell.role, example_digest(each)].scores for each in cell.examples])
 
 
 def load_examples(context: NightlyContext, dataset: str) -> tuple[Example, ...]:

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from loramill.errors import first_lines
+from loramill.pipelines.nightly.gate.candidates import GateVerdict
 from loramill.types import FrozenModel, NightlyStep, StepStatus
 
 
@@ -17,6 +18,7 @@ class Verdict(StrEnum):
 
     PROMOTED = "promoted"
     HELD = "held"
+    REJECTED = "rejected"  # there is evidence of harm
     FAILED = "failed"
     WAITING = "waiting"  # for more data
     INTERRUPTED = "interrupted"  # the next run resumes it
@@ -24,6 +26,11 @@ class Verdict(StrEnum):
     DELETED = "deleted"  # during the run
 
 
+_GATE_VERDICTS = {
+    GateVerdict.PROMOTE: Verdict.PROMOTED,
+    GateVerdict.HOLD: Verdict.HELD,
+    GateVerdict.REJECT: Verdict.REJECTED,
+}
 #: Verdicts that make a nightly run end with exit status 1.
 UNSUCCESSFUL = (Verdict.FAILED, Verdict.INTERRUPTED)
 
@@ -80,16 +87,18 @@ def _described(step: NightlyStep) -> str:
         case _, StepStatus.PENDING:
             return f"waiting: {result['waiting']}" if "waiting" in result else f"{step.step} stopped: {result['error']}"
         case "gate", _:
-            return "it is better" if result["promote"] else str(result["reason"])
+            return "it is better" if _gate_verdict(result) is Verdict.PROMOTED else str(result["reason"])
         case "promote", _:
-            return "promoted" if result["promoted"] else "held"
+            return str(_gate_verdict(result))
         case stage, _:
             return {"collect": "data collected", "train": "trained", "evaluate": "evaluated"}[stage]
 
 
 def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
     done = {step.step: step.result for step in steps if step.status is StepStatus.DONE}
-    scores = {role: _overall(done.get("evaluate", {}), role) for role in ("base", "champion", "challenger")}
+    evaluated = done.get("evaluate", {})
+    slices = evaluated.get("slices", evaluated)  # older runs recorded the slices alone
+    scores = {role: _overall(slices, role) for role in ("base", "champion", "challenger")}
     verdict, stage, reason = _verdict(adapter, steps, done)
     return Outcome(adapter=adapter, verdict=verdict, stage=stage, reason=reason, **scores)
 
@@ -104,8 +113,7 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
             return Verdict.FAILED, step.step, f"{step.step}: {error}.{_next_step_hint(adapter, step.result)}"
     gate = done.get("gate")
     if gate is not None:
-        promoted = done.get("promote", {}).get("promoted", gate["promote"])
-        return (Verdict.PROMOTED if promoted else Verdict.HELD), "promote", str(gate["reason"])
+        return _gate_verdict(done.get("promote", gate)), "promote", str(gate["reason"])
     last = steps[-1]
     if "waiting" in last.result:
         return Verdict.WAITING, last.step, str(last.result["waiting"])
@@ -113,6 +121,13 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
         reason = f"{last.step}: {last.result['error']} `loramill nightly run` resumes it."
         return Verdict.INTERRUPTED, last.step, reason
     return Verdict.RUNNING, last.step, ""
+
+
+def _gate_verdict(result: Mapping[str, Any]) -> Verdict:
+    """The verdict in the result of the gate's step, or of the promotion's."""
+    if "verdict" not in result:  # older runs recorded a boolean, under the name of the step
+        return Verdict.PROMOTED if result.get("promote") or result.get("promoted") else Verdict.HELD
+    return _GATE_VERDICTS[GateVerdict(result["verdict"])]
 
 
 def _next_step_hint(adapter: str, result: Mapping[str, Any]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from loramill.errors import Conflict
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
-from loramill.pipelines.nightly.gate import GateDecision, SliceScores, Thresholds, decide
-from loramill.pipelines.nightly.scoring import Score
-from loramill.registry import adapters
+from loramill.pipelines.nightly.definition.promotion import GateDefinition
+from loramill.pipelines.nightly.evaluation.results import pair
+from loramill.pipelines.nightly.gate.candidates import GateDecision, GateVerdict
+from loramill.pipelines.nightly.gate.policy import decide
+from loramill.registry import adapters, evaluations
 from loramill.types import Alias
 
 
@@ -22,15 +22,12 @@ def gate_all(context: NightlyContext) -> None:
 
 
 def _gate(context: NightlyContext, adapter: str) -> None:
-    slices = [slice_scores(name, roles) for name, roles in context.done("evaluate")[adapter].items()]
+    artifact = context.done("evaluate")[adapter]["results"]
+    policy = GateDefinition()
+    slices, golden = pair(evaluations.read_results(context.registry.artifacts, artifact), policy.metric)
+    decision = decide(slices, golden, policy)
     with context.registry.writing() as session:
-        context.finish(session, adapter, "gate", asdict(decide(slices, Thresholds())))
-
-
-def slice_scores(name: str, roles: dict[str, dict[str, Any]]) -> SliceScores:
-    """A recorded evaluation as input of the gate."""
-    champion = Score(**roles["champion"]) if "champion" in roles else None
-    return SliceScores(name, Score(**roles["base"]), champion, Score(**roles["challenger"]))
+        context.finish(session, adapter, "gate", decision.model_dump(mode="json"))
 
 
 def promote_all(context: NightlyContext) -> None:
@@ -40,7 +37,8 @@ def promote_all(context: NightlyContext) -> None:
 
 
 def _promote(context: NightlyContext, adapter: str) -> None:
-    decision, version = GateDecision(**context.done("gate")[adapter]), context.done("train")[adapter]["version"]
+    decision = GateDecision.model_validate(context.done("gate")[adapter])
+    version = context.done("train")[adapter]["version"]
     collected = context.done("collect").get(adapter)
     name = AdapterName.parse(adapter)
     run = f"nightly run {context.run.id}"
@@ -49,17 +47,23 @@ def _promote(context: NightlyContext, adapter: str) -> None:
         final = decision
         if decision.promote and collected and champion not in (collected["champion"], version):
             now = champion and champion[:SHORT_HASH_LENGTH]
-            final = GateDecision(False, f"its champion became {now} during the run; run it again")
+            final = _held(decision, f"its champion became {now} during the run; run it again")
         elif decision.promote:
             try:
                 adapters.promote(session, name, version, f"{run}: {decision.reason}")
             except Conflict as error:  # the tenant has pinned the champion
-                final = GateDecision(False, error.message)
+                final = _held(decision, error.message)
         elif champion == version:
-            final = GateDecision(False, f"{decision.reason}; as the first version it is the champion all the same")
+            reason = f"{decision.reason}; as the first version it is the champion all the same"
+            final = decision.model_copy(update={"reason": reason})
         if final is not decision:
-            context.finish(session, adapter, "gate", asdict(final))
+            context.finish(session, adapter, "gate", final.model_dump(mode="json"))
         if not final.promote:
             adapters.move(session, name, Alias.CHALLENGER, None, f"{run}: {final.reason}")
         champion = adapters.get(session, name).champion
-        context.finish(session, adapter, "promote", {"promoted": final.promote, "champion": champion})
+        result = {"promoted": final.promote, "verdict": final.verdict.value, "champion": champion}
+        context.finish(session, adapter, "promote", result)
+
+
+def _held(decision: GateDecision, reason: str) -> GateDecision:
+    return decision.model_copy(update={"verdict": GateVerdict.HOLD, "reason": reason})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import regex
@@ -55,19 +55,28 @@ class Score:
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Score:
     """Scores answers against their references; surrounding white space is ignored."""
-    pairs = [(normalized(answer), normalized(reference)) for answer, reference in zip(answers, references, strict=True)]
-    if not pairs:
+    return mean_score([score_example(*pair) for pair in zip(answers, references, strict=True)])
+
+
+def score_example(answer: str, reference: str) -> dict[str, float]:
+    """The scores of one answer, by metric; surrounding white space is ignored."""
+    answer, reference = normalized(answer), normalized(reference)
+    return {
+        "exact_match": float(answer == reference),
+        "token_f1": token_f1(answer, reference),
+        "rouge_l": rouge_l(answer, reference),
+    }
+
+
+def mean_score(scores: Sequence[Mapping[str, float]]) -> Score:
+    """The means of the scores of several answers, from `score_example`."""
+    if not scores:
         return Score(0, 0.0, 0.0, 0.0)
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(pairs)
+    def mean(metric: str) -> float:
+        return sum(each[metric] for each in scores) / len(scores)
 
-    return Score(
-        examples=len(pairs),
-        exact_match=mean([answer == reference for answer, reference in pairs]),
-        token_f1=mean([token_f1(*pair) for pair in pairs]),
-        rouge_l=mean([rouge_l(*pair) for pair in pairs]),
-    )
+    return Score(len(scores), mean("exact_match"), mean("token_f1"), mean("rouge_l"))
 
 
 def normalized(text: str) -> str:

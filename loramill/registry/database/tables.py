@@ -257,7 +257,10 @@ class AliasChangeRow(TableBase):
 
 
 class EvaluationRow(TableBase):
-    """Metrics of a version of an adapter, or of the base (`version` is null)."""
+    """Metrics of a version of an adapter, or of the base (`version` is null).
+
+    `results` is the artifact with the results of each example, of all candidates of a nightly run.
+    """
 
     __tablename__ = "evaluations"
     __table_args__ = (_version_of_adapter(), Index(None, "adapter", "id"))
@@ -268,6 +271,7 @@ class EvaluationRow(TableBase):
     slice: Mapped[str]
     examples: Mapped[int]
     metrics: Mapped[dict[str, float]]
+    results: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[float]
 
 

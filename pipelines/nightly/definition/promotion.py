@@ -77,13 +77,13 @@ class GateDefinition(FrozenModel):
 
     metric: Metric = Field(default="token_f1", description="Score that decides.")
     confidence: float = Field(
-        default=0.95, ge=0.5, lt=1, description="Confidence that a gain must have, over all slices together."
+        default=0.95, ge=0.5, lt=1, description="Confidence that a gain must have, over all new examples together."
     )
     max_loss: float = Field(
-        default=0.03,
+        default=0.05,
         ge=0,
         le=1,
-        description="How much worse than the champion a challenger may be on a slice of old data, in the metric.",
+        description="How much worse than the champion a challenger may be on old data, in the metric.",
     )
     min_gain: float = Field(
         default=0.0, ge=0, le=1, description="By how much a challenger must be better on new data, in the metric."

@@ -367,10 +367,12 @@ def test_the_last_nightly_run_is_shown(running_gateway: RunningGateway, tenant: 
     with running_gateway.registry.writing() as session:
         adapters.get_or_create(session, name)
         run = nightly.open_run(session).id
-        results = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
-        nightly.record_step(session, run, name, "evaluate", StepStatus.DONE, results)
-        nightly.record_step(session, run, name, "gate", StepStatus.DONE, {"promote": True, "reason": "it gains 0.500"})
-        nightly.record_step(session, run, name, "promote", StepStatus.DONE, {"promoted": True, "champion": "c"})
+        slices = {"all": {"base": score, "challenger": {**score, "token_f1": 0.75}}}
+        nightly.record_step(session, run, name, "evaluate", StepStatus.DONE, {"slices": slices, "results": "a" * 64})
+        gate = {"verdict": "promote", "reason": "it gains 0.500"}
+        nightly.record_step(session, run, name, "gate", StepStatus.DONE, gate)
+        promoted = {"promoted": True, "verdict": "promote", "champion": "c"}
+        nightly.record_step(session, run, name, "promote", StepStatus.DONE, promoted)
         nightly.finish_run(session, run)
         nightly.finish_run(session, nightly.open_run(session).id)  # a run without new data does not hide earlier ones
     output = ok("nightly", "show")

@@ -36,7 +36,7 @@ def decided(registry: Registry, name: str, *, promote: bool) -> None:
         run = nightly.open_run(session)
         for step, result in (
             ("train", {"version": SECOND}),
-            ("gate", {"promote": promote, "reason": "it gains +0.100 over the champion"}),
+            ("gate", {"verdict": "promote" if promote else "hold", "reason": "it gains 0.100 over the champion"}),
         ):
             nightly.record_step(session, run.id, name, step, StepStatus.DONE, result)
     reports: list[Any] = []
@@ -60,7 +60,8 @@ def test_a_pinned_champion_is_held_with_the_reason(registry: Registry, pinned: b
         now = adapters.get(session, "acme/a")
         steps = nightly.list_steps(session, nightly.list_runs(session)[0].id)
     assert now.champion == (SECOND if promotes else FIRST)
-    assert steps[-1].result == {"promoted": promotes, "champion": now.champion}
+    verdict = "promote" if promotes else "hold"
+    assert steps[-1].result == {"promoted": promotes, "verdict": verdict, "champion": now.champion}
     (outcome,) = outcomes(steps)
     assert outcome.verdict == ("promoted" if promotes else "held")
     assert ("pinned" in outcome.reason) is not promotes

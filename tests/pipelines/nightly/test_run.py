@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
+    ArtifactMissing,
     InvalidRequest,
     LoramillError,
     ModelNotFound,
@@ -27,7 +28,7 @@ from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
 from loramill.pipelines.nightly.run import run_nightly
-from loramill.registry import Registry, adapters, datasets, deletion, jobs, nightly, tenants
+from loramill.registry import Registry, adapters, datasets, deletion, evaluations, jobs, nightly, tenants
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
 
@@ -163,7 +164,7 @@ def only(found: list[Outcome]) -> Outcome:
 
 
 def test_a_better_challenger_is_promoted_and_a_rerun_does_nothing(cluster: Cluster) -> None:
-    cluster.feed("acme/a", rows(12), rows(4, "other"))
+    cluster.feed("acme/a", rows(60), rows(6, "other"))
     first = only(cluster.run())
     assert (first.verdict, first.base, first.challenger) == (Verdict.PROMOTED, 0.0, 1.0)
     assert cluster.run() == [] and cluster.trained == ["acme/a"] and summary([]) == "No adapter had new data."
@@ -171,18 +172,19 @@ def test_a_better_challenger_is_promoted_and_a_rerun_does_nothing(cluster: Clust
     assert shown == []
     champion = cluster.champion("acme/a")
     cluster.right = lambda model: str(champion)[:12] in model
-    cluster.feed("acme/a", rows(12, "more"))
-    held = only(cluster.run())
-    assert (held.verdict, held.champion, held.challenger) == (Verdict.HELD, 1.0, 0.0)
-    assert [describe(step) for step in cluster.steps][-1] == "acme/a: held"
-    assert cluster.champion("acme/a") == champion and succeeded([held])
+    cluster.feed("acme/a", rows(60, "more"))
+    worse = only(cluster.run())
+    assert (worse.verdict, worse.champion, worse.challenger) == (Verdict.REJECTED, 1.0, 0.0)
+    assert "it loses 1.000 on the slice 'new', worse on 6 and better on 0 of 6 examples" in worse.reason
+    assert [describe(step) for step in cluster.steps][-1] == "acme/a: rejected"
+    assert cluster.champion("acme/a") == champion and succeeded([worse])
     stages = {(each.stage, each.adapter) for each in cluster.progress}
     assert stages == {("train", "acme/a"), ("evaluate", None)}
 
 
 def test_a_first_version_that_is_not_better_is_still_the_champion(cluster: Cluster) -> None:
     cluster.right = lambda model: False
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     held = only(cluster.run())
     assert held.verdict is Verdict.HELD and held.reason.endswith(
         "; as the first version it is the champion all the same"
@@ -201,9 +203,63 @@ def test_little_data_waits_until_there_is_enough(cluster: Cluster, valid: int, e
     assert (state.examples, state.validation_examples, state.enough) == (1, valid, False)
     assert state.outlook == waiting.reason
     cluster.feed("acme/a", rows(enough - 1, "more"))
-    assert only(cluster.run()).verdict is Verdict.PROMOTED
+    first = only(cluster.run())
+    if valid:
+        assert first.verdict is Verdict.PROMOTED
+    else:
+        assert first.verdict is Verdict.HELD and "at least 5 held-out examples are needed" in first.reason
     cluster.feed("acme/a", rows(2, "late"))  # with old data, two are enough: one to train on, one to evaluate on
     assert only(cluster.run()).verdict in (Verdict.PROMOTED, Verdict.HELD)
+
+
+def promoted_thrice(cluster: Cluster, pool: Callable[[JobRecord, Sequence[str]], None] | None = None) -> None:
+    """Each new version answers right, and no earlier one does any more; `pool` trains the third."""
+    earlier: list[str] = []
+    cluster.right = lambda model: "@" in model and not any(each[:12] in model for each in earlier)
+    for word in ("one", "two", "three"):
+        if word == "three" and pool is not None:
+            cluster.pool = lambda job: pool(job, earlier)
+        cluster.feed("acme/a", rows(60, word))
+        assert only(cluster.run()).verdict is Verdict.PROMOTED
+        earlier.append(str(cluster.champion("acme/a")))
+
+
+def test_the_results_of_each_example_are_kept_for_all_candidates(cluster: Cluster) -> None:
+    promoted_thrice(cluster)
+    with cluster.registry.reading() as session:
+        now = adapters.get(session, "acme/a")
+        records = evaluations.list_evaluations(session, "acme/a")
+        gate = next(s for s in nightly.list_steps(session, nightly.list_runs(session)[0].id) if s.step == "gate")
+    assert records[0].results is not None
+    results = evaluations.read_results(cluster.registry.artifacts, records[0].results)
+    versions = {each.candidate: each.version for each in results}
+    assert len(versions) == 4 and versions["base"] is None
+    assert (versions["challenger"], versions["champion"]) == (now.champion, now.previous)
+    assert {each.slices for each in results} == {("new",), ("before",)}
+    answered = next(each for each in results if each.candidate == "challenger" and each.slices == ("new",))
+    assert answered.answer.startswith("answer three") and answered.scores["exact_match"] == 1.0
+    new = gate.result["evidence"][0]
+    assert (gate.result["verdict"], new["name"], new["gain"], new["wins"]) == ("promote", "new", 1.0, 6)
+    assert cluster.registry.remove_unreferenced(older_than=-1) == 0
+    with cluster.registry.writing() as session:
+        deletion.delete_adapter(session, AdapterName.parse("acme/a"))
+    cluster.registry.remove_unreferenced(older_than=-1)
+    for each in {record.results for record in records}:
+        with pytest.raises(ArtifactMissing):
+            evaluations.read_results(cluster.registry.artifacts, str(each))
+
+
+def test_a_previous_version_that_was_deleted_is_left_out(cluster: Cluster) -> None:
+    def pool(job: JobRecord, earlier: Sequence[str]) -> None:
+        cluster.publish(job)
+        with cluster.registry.writing() as session:
+            deletion.delete_version(session, AdapterName.parse("acme/a"), earlier[0], force=True)
+
+    promoted_thrice(cluster, pool)
+    with cluster.registry.reading() as session:
+        records = evaluations.list_evaluations(session, "acme/a")
+    results = evaluations.read_results(cluster.registry.artifacts, str(records[0].results))
+    assert {each.candidate for each in results} == {"base", "champion", "challenger"}
 
 
 def test_examples_that_are_all_the_same_wait_for_others(cluster: Cluster) -> None:
@@ -213,8 +269,8 @@ def test_examples_that_are_all_the_same_wait_for_others(cluster: Cluster) -> Non
 
 
 def test_data_that_fails_is_set_aside_and_does_not_stop_others(cluster: Cluster) -> None:
-    cluster.feed("acme/bad", [*rows(12), {"prompt": "Q", "completion": "A"}])
-    cluster.feed("bolt/good", rows(12))
+    cluster.feed("acme/bad", [*rows(60), {"prompt": "Q", "completion": "A"}])
+    cluster.feed("bolt/good", rows(60))
     bad, good = cluster.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "collect", Verdict.PROMOTED)
     assert "another format" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
@@ -242,8 +298,8 @@ def test_a_bug_that_one_adapter_triggers_fails_it_alone(cluster: Cluster, monkey
         return plan_training(session, artifacts, name, *rest)
 
     monkeypatch.setattr(collect, "plan_training", broken)
-    cluster.feed("acme/bad", rows(12))
-    cluster.feed("acme/good", rows(12))
+    cluster.feed("acme/bad", rows(60))
+    cluster.feed("acme/good", rows(60))
     bad, good = cluster.run()
     assert (bad.verdict, good.verdict) == (Verdict.FAILED, Verdict.PROMOTED)
     assert bad.reason.startswith("collect: ZeroDivisionError: division by zero.")
@@ -253,7 +309,7 @@ def test_unreachable_storage_loses_no_data(cluster: Cluster, monkeypatch: pytest
     def unavailable(*_):
         raise Unavailable("The store is away; try again.")
 
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     with monkeypatch.context() as patched:
         patched.setattr(collect, "plan_training", unavailable)
         failed = only(cluster.run())
@@ -297,8 +353,8 @@ def deleting(cluster: Cluster, job: JobRecord) -> None:
 def test_a_job_that_does_not_succeed_fails_its_adapter_alone(
     cluster: Cluster, ending: Callable[[Cluster, JobRecord], None], reason: str
 ) -> None:
-    cluster.feed("acme/bad", rows(12))
-    cluster.feed("bolt/good", rows(12))
+    cluster.feed("acme/bad", rows(60))
+    cluster.feed("bolt/good", rows(60))
     cluster.pool = ordered(cluster, ending)
     bad, good = cluster.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "train", Verdict.PROMOTED)
@@ -322,7 +378,7 @@ def ordered(cluster: Cluster, ending: Callable[[Cluster, JobRecord], None]) -> C
 
 
 def test_an_unreachable_gateway_leaves_a_run_that_resumes(cluster: Cluster) -> None:
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     cluster.checks = [NotRunning("Nothing answers at http://127.0.0.1:9: start it with `loramill up`.")]
     with pytest.raises(NotRunning):
         cluster.run()
@@ -337,12 +393,12 @@ def test_an_unreachable_gateway_leaves_a_run_that_resumes(cluster: Cluster) -> N
 
 
 def test_jobs_continue_while_the_gateway_is_unreachable(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     cluster.checks = [None, *[Unavailable("The models don't answer yet.")] * 3]
     cluster.pool = lambda job: None if cluster.checks else cluster.publish(job)
     assert only(cluster.run()).verdict is Verdict.PROMOTED
     monkeypatch.setattr(train, "UNREACHABLE_SECONDS", -1.0)
-    cluster.feed("acme/a", rows(12, "more"))
+    cluster.feed("acme/a", rows(60, "more"))
     cluster.pool = lambda job: None
     cluster.checks = [None, Unavailable("The models don't answer yet.")]
     with pytest.raises(Unavailable):
@@ -352,9 +408,9 @@ def test_jobs_continue_while_the_gateway_is_unreachable(cluster: Cluster, monkey
 
 
 def test_a_champion_of_another_base_is_named_and_the_data_waits(cluster: Cluster, base: Base, monkeypatch) -> None:
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     cluster.run()
-    cluster.feed("acme/a", rows(12, "more"))
+    cluster.feed("acme/a", rows(60, "more"))
     other = Base("other", base.folder, "0" * 64, base.architecture, base.context_length)
     with monkeypatch.context() as patched:
         patched.setattr(run, "find_base", lambda *_: other)
@@ -367,7 +423,7 @@ def test_a_champion_of_another_base_is_named_and_the_data_waits(cluster: Cluster
 
 
 def test_a_base_that_changes_during_a_run_cancels_its_jobs(cluster: Cluster, base: Base, monkeypatch) -> None:
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     cluster.pool = lambda job: None
     cluster.checks = [None, NotRunning("Nothing answers.")]
     with monkeypatch.context() as patched:
@@ -382,8 +438,8 @@ def test_a_base_that_changes_during_a_run_cancels_its_jobs(cluster: Cluster, bas
 
 
 def test_a_version_that_is_gone_fails_its_adapter_alone(cluster: Cluster) -> None:
-    cluster.feed("acme/bad", rows(12))
-    cluster.feed("bolt/good", rows(12))
+    cluster.feed("acme/bad", rows(60))
+    cluster.feed("bolt/good", rows(60))
     cluster.refuse = {"acme/bad": ModelNotFound("The model 'acme/bad' does not exist.", param="model")}
     bad, good = cluster.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "evaluate", Verdict.PROMOTED)
@@ -391,8 +447,8 @@ def test_a_version_that_is_gone_fails_its_adapter_alone(cluster: Cluster) -> Non
 
 
 def test_an_adapter_with_a_transient_error_is_evaluated_again_once(cluster: Cluster) -> None:
-    cluster.feed("acme/bad", rows(12))
-    cluster.feed("bolt/good", rows(12))
+    cluster.feed("acme/bad", rows(60))
+    cluster.feed("bolt/good", rows(60))
     cluster.refuse = {"acme/bad": Unavailable("The adapter can't be read now; try again.")}
     bad, good = cluster.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.INTERRUPTED, "evaluate", Verdict.PROMOTED)
@@ -403,7 +459,7 @@ def test_an_adapter_with_a_transient_error_is_evaluated_again_once(cluster: Clus
 
 
 def test_a_held_out_file_that_was_deleted_is_named(cluster: Cluster) -> None:
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
 
     def pool(job: JobRecord) -> None:
         cluster.publish(job)
@@ -420,8 +476,8 @@ def test_a_held_out_file_that_was_deleted_is_named(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("subject", ["adapter", "tenant"])
 def test_an_adapter_deleted_during_the_run_has_a_row(cluster: Cluster, subject: str) -> None:
-    cluster.feed("acme/gone", rows(12))
-    cluster.feed("bolt/good", rows(12))
+    cluster.feed("acme/gone", rows(60))
+    cluster.feed("bolt/good", rows(60))
 
     def pool(job: JobRecord) -> None:
         if job.spec.adapter == "acme/gone":
@@ -441,9 +497,9 @@ def test_an_adapter_deleted_during_the_run_has_a_row(cluster: Cluster, subject: 
 
 def test_a_champion_that_changed_during_the_run_is_not_replaced(cluster: Cluster) -> None:
     for word in ("one", "two"):
-        cluster.feed("acme/a", rows(12, word))
+        cluster.feed("acme/a", rows(60, word))
         cluster.run()
-    cluster.feed("acme/a", rows(12, "three"))
+    cluster.feed("acme/a", rows(60, "three"))
 
     def pool(job: JobRecord) -> None:
         cluster.publish(job)
@@ -465,10 +521,27 @@ def test_quota_and_refusals_at_submission_fail_one_adapter(cluster: Cluster, mon
     def refused(session, spec, *rest, **options):
         raise InvalidRequest("The rank is too large.")
 
-    cluster.feed("acme/a", rows(12))
+    cluster.feed("acme/a", rows(60))
     monkeypatch.setattr(jobs, "submit", refused)
     failed = only(cluster.run())
     assert (failed.verdict, failed.stage) == (Verdict.FAILED, "train") and "The rank is too large." in failed.reason
+
+
+def test_runs_of_an_older_gate_are_shown(cluster: Cluster) -> None:
+    score = {"examples": 2, "exact_match": 0.5, "token_f1": 0.25}
+    results = {
+        "evaluate": {"new": {"base": score, "challenger": {**score, "token_f1": 0.75}}},
+        "gate": {"promote": True, "reason": "it gains 0.500"},
+        "promote": {"promoted": False, "champion": "c"},
+    }
+    steps = [
+        NightlyStep(run="night-1", adapter="acme/a", step=step, status=StepStatus.DONE, result=result)
+        for step, result in results.items()
+    ]
+    held = only(outcomes(steps))
+    assert (held.verdict, held.base, held.challenger, held.reason) == (Verdict.HELD, 0.25, 0.75, "it gains 0.500")
+    assert only(outcomes(steps[:2])).verdict is Verdict.PROMOTED
+    assert [describe(step) for step in steps[1:]] == ["acme/a: it is better", "acme/a: held"]
 
 
 def test_old_runs_whose_failure_has_no_reason_are_shown(cluster: Cluster) -> None:

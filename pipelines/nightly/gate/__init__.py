@@ -1,0 +1,1 @@
+"""The gate: whether the scores of a challenger are evidence enough to promote it. Pure functions."""

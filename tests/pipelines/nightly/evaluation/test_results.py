@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loramill.data.examples import Example, read_examples
+from loramill.errors import DatasetInvalid
+from loramill.pipelines.nightly.evaluation.results import example_digest, example_results, pair, slice_kind
+from loramill.pipelines.nightly.gate.candidates import GoldenScore, PairedScores
+from loramill.pipelines.nightly.questions import EvalAnswer
+from loramill.types import ExampleResult
+
+
+def example(prompt: str, completion: str = "yes") -> Example:
+    row = json.dumps({"prompt": prompt, "completion": completion}).encode()
+    return read_examples(row, "one.jsonl").examples[0]
+
+
+FIRST, SECOND, THIRD = example("one"), example("two"), example("three", "no")
+EXAMPLES = {"new": [FIRST, SECOND], "new: en": [SECOND], "before": [THIRD], "golden": [FIRST]}
+
+
+def results(candidate, version, right: str) -> list[ExampleResult]:
+    """One candidate that always gives the same answer."""
+    answers = {name: [EvalAnswer(right, truncated=right == "maybe")] * len(each) for name, each in EXAMPLES.items()}
+    return example_results(candidate, version, EXAMPLES, answers)
+
+
+def test_each_example_has_one_result_with_all_its_slices() -> None:
+    found = {each.example: each for each in results("challenger", "a" * 64, "yes")}
+    assert [each.slices for each in found.values()] == [("new", "golden"), ("new", "new: en"), ("before",)]
+    own = found[example_digest(FIRST)]
+    assert (own.candidate, own.version, own.answer, own.truncated) == ("challenger", "a" * 64, "yes", False)
+    assert own.scores == {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0}
+    assert found[example_digest(THIRD)].scores["exact_match"] == 0.0
+    assert all(each.truncated for each in results("base", None, "maybe"))
+
+
+def test_what_is_asked_and_expected_identifies_an_example() -> None:
+    assert example_digest(example("one")) == example_digest(FIRST)
+    assert len({example_digest(each) for each in (FIRST, SECOND, THIRD, example("one", "no"))}) == 4
+
+
+def test_candidates_are_paired_by_example_and_slice() -> None:
+    all_results = [
+        *results("challenger", "a" * 64, "yes"),
+        *results("base", None, "?"),
+        *results("champion", "b", "no"),
+    ]
+    slices, golden = pair(all_results, "exact_match")
+    assert [(each.name, each.kind, len(each.examples)) for each in slices] == [
+        ("new", "new", 2),
+        ("new: en", "new", 1),
+        ("before", "old", 1),
+    ]
+    assert slices[0].examples[0] == PairedScores(example_digest(FIRST), base=0.0, challenger=1.0, champion=0.0)
+    assert slices[2].examples[0] == PairedScores(example_digest(THIRD), base=0.0, challenger=0.0, champion=1.0)
+    assert golden == [GoldenScore(example_digest(FIRST), 1.0, "yes")]
+
+
+def test_less_loss_is_better() -> None:
+    losses = [
+        each.model_copy(update={"scores": {"loss": loss}})
+        for candidate, loss in (("challenger", 0.5), ("base", 2.0))
+        for each in results(candidate, None, "yes")
+    ]
+    (new, *_), _ = pair(losses, "loss")
+    assert (new.examples[0].challenger, new.examples[0].base) == (-0.5, -2.0)
+
+
+def test_a_candidate_without_a_score_is_an_error() -> None:
+    own, base = results("challenger", "a" * 64, "yes"), results("base", None, "yes")
+    with pytest.raises(DatasetInvalid, match="has no exact_match of the base: evaluate it again"):
+        pair([*own, *base[1:]], "exact_match")
+    with pytest.raises(DatasetInvalid, match="no judge of the challenger"):
+        pair(own, "judge")
+
+
+def test_slices_of_old_data_are_named_before() -> None:
+    kinds = {name: slice_kind(name) for name in ("before", "before: French", "new", "new: French", "beforehand")}
+    assert list(kinds.values()) == ["old", "old", "new", "new", "new"]
