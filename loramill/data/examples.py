@@ -68,6 +68,11 @@ class Example:
         return "preference" if self.rejected is not None else "supervised" if self.label is None else "labeled"
 
     @property
+    def format(self) -> tuple[DataKind, bool]:
+        """The kind, and whether it is chat data; a job takes examples of one format."""
+        return self.kind, self.prompt is None
+
+    @property
     def sides(self) -> tuple[Example, ...]:
         """The example, and for a preference the worse answer."""
         return (self,) if self.rejected is None else (self, self.rejected)
@@ -124,11 +129,11 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
     for line, row in iter_rows(raw):
         count += 1
         try:
-            example = _read_row(row, line)
+            example = read_row(row, line)
         except LineError as bad:
             problems.add(str(bad), f"{unit} {line}")
             continue
-        if examples and _format(example) != _format(examples[0]):
+        if examples and example.format != examples[0].format:
             problem = f"it has another format than {unit} {examples[0].line}; use one format per file."
             problems.add(problem, f"{unit} {line}")
             continue
@@ -143,7 +148,7 @@ def read_examples(raw: bytes, filename: str, *, minimum: int = 1) -> Examples:
 
 def row_format(row: bytes) -> tuple[DataKind, bool]:
     """The kind of a line of a valid file, and whether it is chat data; otherwise it has texts."""
-    return _format(_read_row(row, 1))
+    return read_row(row, 1).format
 
 
 def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
@@ -160,11 +165,12 @@ def compare_splits(train: Examples, valid: Examples) -> tuple[str, ...]:
     )
 
 
-def _format(example: Example) -> tuple[DataKind, bool]:
-    return example.kind, example.prompt is None
+def read_row(row: bytes, line: int) -> Example:
+    """Reads and checks one line of a file.
 
-
-def _read_row(row: bytes, line: int) -> Example:
+    Raises:
+        LineError: what is wrong with it.
+    """
     try:
         value = parse(row)
     except DatasetInvalid as error:

@@ -15,9 +15,9 @@ REPLAY_EXAMPLES = 64
 HELD_OUT_FRACTION = 0.1
 
 
-def held_out_count(examples: int) -> int:
+def held_out_count(examples: int, share: float = HELD_OUT_FRACTION) -> int:
     """Number of new examples that are held out if they have no validation file."""
-    return max(1, round(examples * HELD_OUT_FRACTION))
+    return max(1, round(examples * share))
 
 
 def required_examples(*, validation: bool, replay: int, minimum: int) -> int:
@@ -52,14 +52,6 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     )
     data = f"{counted(trained, 'new example')}{old_examples}"
     return f"The next nightly run trains on {data}, and evaluates the new version on {evaluation}."
-
-
-def hold_out(rows: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Splits rows into (train, held out) by their content, so that the same row always gets the same part."""
-    ordered = sorted(rows, key=digest)
-    count = held_out_count(len(ordered))
-    held = set(ordered[:count])
-    return [row for row in rows if row not in held], ordered[:count]
 
 
 def sample(rows: Sequence[bytes], count: int) -> list[bytes]:

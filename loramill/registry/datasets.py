@@ -11,7 +11,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, NotFound
-from loramill.registry import tenants
+from loramill.registry import content, tenants
 from loramill.registry.database.tables import AdapterDataRow, DatasetRow, JobRow, NightlyRunRow
 from loramill.registry.pagination import newest_page
 from loramill.types import DatasetRecord, JobStatus
@@ -101,4 +101,5 @@ def delete(session: Session, dataset_id: str, tenant: str | None = None) -> None
             f"(`loramill nightly drop {adapter}` removes the adapter's data from it)."
         )
     session.execute(delete_from(AdapterDataRow).where(refers))
+    content.forget_sketches(session, dataset_id)
     session.execute(delete_from(DatasetRow).where(DatasetRow.id == dataset_id))

@@ -18,6 +18,7 @@ from loramill.errors import Conflict
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.registry import adapters, tenants, usage
 from loramill.registry.database.tables import (
+    AdapterContentRow,
     AdapterDataRow,
     AdapterRow,
     AliasChangeRow,
@@ -32,6 +33,7 @@ from loramill.registry.database.tables import (
     NightlyStepRow,
     PrunedVersionRow,
     RateWindowRow,
+    SourceFileRow,
     TenantRow,
     UsageRow,
     VersionRow,
@@ -144,7 +146,7 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     _remove_adapters(session, AdapterRow.tenant == name)
     jobs = _remove_jobs(session, of_tenant)
     files = _execute(session, delete(DatasetRow).where(DatasetRow.tenant == name))
-    for table in (KeyRow, RateWindowRow):
+    for table in (KeyRow, RateWindowRow, SourceFileRow):
         _execute(session, delete(table).where(table.tenant == name))
     _anonymize_usage(session, name)
     _anonymize_audit(session, name)
@@ -200,7 +202,9 @@ def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
     names = select(AdapterRow.name).where(condition)
     for table in (
         NightlyStepRow,
+        AdapterContentRow,
         AdapterDataRow,
+        SourceFileRow,
         EvaluationRow,
         AliasChangeRow,
         AliasRow,

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, aliased
 from loramill.data import new_data
 from loramill.errors import NotFound
 from loramill.names import AdapterName
-from loramill.registry import adapters, datasets
+from loramill.registry import adapters, content, datasets
 from loramill.registry.database.tables import (
     AdapterDataRow,
     AliasRow,
@@ -147,6 +147,7 @@ def release(session: Session, run: str, name: AdapterName | str) -> None:
     """Releases an adapter's data from a run, so that the next run collects it again."""
     of_run = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run)
     session.execute(update(AdapterDataRow).where(*of_run).values(run=None))
+    content.release(session, run, name)
 
 
 def list_set_aside(session: Session, name: AdapterName | str | None = None) -> list[SetAsideData]:
@@ -169,6 +170,7 @@ def retry(session: Session, name: AdapterName | str) -> NewData:
             f"'{name}' has no data that is set aside; `loramill nightly data` lists new data.", param="adapter"
         )
     for row in found:
+        _release_content(session, row)
         row.run = None
     session.flush()
     return _bundle(found)
@@ -187,6 +189,7 @@ def drop(session: Session, name: AdapterName | str) -> NewData:
         raise NotFound(f"'{name}' has no new data, and no data that is set aside.", param="adapter")
     dropped = _bundle(found)
     for row in found:
+        _release_content(session, row)
         session.delete(row)
     session.flush()
     return dropped
@@ -267,6 +270,11 @@ def _failed(session: Session, name: AdapterName | str | None) -> list[tuple[str,
     rows = session.execute(statement.order_by(AdapterDataRow.adapter, AdapterDataRow.run, AdapterDataRow.id)).all()
     grouped = groupby(rows, key=lambda row: (row[0].run, row[0]))
     return [(run, step, [row[1] for row in group]) for (run, step), group in grouped]
+
+
+def _release_content(session: Session, row: AdapterDataRow) -> None:
+    if row.run is not None:
+        content.release(session, row.run, row.adapter)
 
 
 def _bundle(rows: list[AdapterDataRow]) -> NewData:

@@ -11,6 +11,7 @@ from loramill.errors import Conflict, InvalidRequest
 from loramill.names import AdapterName
 from loramill.registry import adapters
 from loramill.registry.database.tables import (
+    AdapterContentRow,
     AdapterDataRow,
     AdapterRow,
     AliasChangeRow,
@@ -20,9 +21,22 @@ from loramill.registry.database.tables import (
     NightlyRunRow,
     NightlyStepRow,
     PrunedVersionRow,
+    SourceFileRow,
     VersionRow,
 )
 from loramill.types import AdapterRecord
+
+#: Tables whose rows name their adapter; aliases come after versions, which `_copy_versions` copies first.
+_OF_ADAPTER = (
+    AliasRow,
+    AliasChangeRow,
+    EvaluationRow,
+    NightlyStepRow,
+    AdapterContentRow,
+    AdapterDataRow,
+    SourceFileRow,
+    PrunedVersionRow,
+)
 
 
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
@@ -53,7 +67,7 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
     _check_no_nightly_run(session, name)
     _copy_adapter(session, name, to)
     _copy_versions(session, name, to)
-    for table in (AliasRow, AliasChangeRow, EvaluationRow, NightlyStepRow, AdapterDataRow, PrunedVersionRow):
+    for table in _OF_ADAPTER:
         session.execute(
             update(table).where(table.adapter == str(name)).values(adapter=str(to)),
             execution_options={"synchronize_session": False},

@@ -28,7 +28,17 @@ from loramill.types.jobs import (
     ServedQuantization,
     TrainOn,
 )
-from loramill.types.nightly import AdapterData, NewData, NewDataState, NightlyRun, NightlyStep, SetAsideData, StepStatus
+from loramill.types.nightly import (
+    AdapterData,
+    ContentRecord,
+    ContentSide,
+    NewData,
+    NewDataState,
+    NightlyRun,
+    NightlyStep,
+    SetAsideData,
+    StepStatus,
+)
 from loramill.types.retention import Removal, RetentionPolicy
 from loramill.types.sweeps import CandidateState, SweepCandidate
 from loramill.types.tenants import AuditRecord, KeyRecord, Limits, RateWindow, Scope, TenantRecord, UsageRecord
@@ -46,6 +56,8 @@ __all__ = [
     "Candidate",
     "CandidateState",
     "CheckpointRecord",
+    "ContentRecord",
+    "ContentSide",
     "DatasetRecord",
     "DeletionSummary",
     "EvaluationRecord",

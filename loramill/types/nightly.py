@@ -53,6 +53,22 @@ class AdapterData(FrozenModel):
     )
 
 
+class ContentSide(StrEnum):
+    """What an example of an adapter is for, in all nightly runs."""
+
+    TRAIN = "train"
+    HELD_OUT = "held_out"
+
+
+class ContentRecord(FrozenModel):
+    """An example whose side was decided; `used` is false if its run's data was released for another run."""
+
+    digest: str
+    side: ContentSide
+    sketch: bytes
+    used: bool = True
+
+
 class StepStatus(StrEnum):
     """Status of one step of a nightly run."""
 

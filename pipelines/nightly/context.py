@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -20,6 +20,7 @@ from loramill.errors import (
     Unavailable,
 )
 from loramill.models.catalog import Base
+from loramill.pipelines.nightly.definition import NightlyDefinition
 from loramill.pipelines.nightly.gateway import EvalGateway
 from loramill.registry import Registry, adapters, nightly
 from loramill.settings import Settings
@@ -57,6 +58,7 @@ class NightlyContext:
     report: Report
     gateway: EvalGateway
     progress: OnProgress = lambda progress: None
+    definition: NightlyDefinition = field(default_factory=NightlyDefinition)
 
     def done(self, stage: str) -> dict[str, dict[str, Any]]:
         """Results of the adapters that finished a stage."""

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from loramill.errors import first_lines
+from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.gate.candidates import GateVerdict
 from loramill.types import FrozenModel, NightlyStep, StepStatus
 
@@ -21,6 +22,7 @@ class Verdict(StrEnum):
     REJECTED = "rejected"  # there is evidence of harm
     FAILED = "failed"
     WAITING = "waiting"  # for more data
+    SKIPPED = "skipped"  # nothing in its data is new
     INTERRUPTED = "interrupted"  # the next run resumes it
     RUNNING = "running"
     DELETED = "deleted"  # during the run
@@ -42,6 +44,9 @@ class Outcome(FrozenModel):
         stage: the last stage that the adapter reached.
         reason: one or two sentences; empty while it runs.
         base, champion, challenger: token F1 over all held-out slices; None if not evaluated.
+        counts: what became of its rows, by fate; all 0 if its data could not be collected.
+        quarantine: ID of the file of quarantined rows.
+        quarantined: why the first of them are quarantined.
     """
 
     adapter: str
@@ -51,6 +56,9 @@ class Outcome(FrozenModel):
     base: float | None = None
     champion: float | None = None
     challenger: float | None = None
+    counts: CollectedCounts = CollectedCounts()
+    quarantine: str | None = None
+    quarantined: tuple[str, ...] = ()
 
 
 def outcomes(steps: Sequence[NightlyStep]) -> list[Outcome]:
@@ -85,7 +93,8 @@ def _described(step: NightlyStep) -> str:
         case _, StepStatus.FAILED:
             return str(result["error"]) if result.get("deleted") else f"{step.step} failed: {result.get('error')}"
         case _, StepStatus.PENDING:
-            return f"waiting: {result['waiting']}" if "waiting" in result else f"{step.step} stopped: {result['error']}"
+            states = [f"{state}: {result[state]}" for state in ("waiting", "skipped") if state in result]
+            return states[0] if states else f"{step.step} stopped: {result['error']}"
         case "gate", _:
             return "it is better" if _gate_verdict(result) is Verdict.PROMOTED else str(result["reason"])
         case "promote", _:
@@ -100,7 +109,18 @@ def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
     slices = evaluated.get("slices", evaluated)  # older runs recorded the slices alone
     scores = {role: _overall(slices, role) for role in ("base", "champion", "challenger")}
     verdict, stage, reason = _verdict(adapter, steps, done)
-    return Outcome(adapter=adapter, verdict=verdict, stage=stage, reason=reason, **scores)
+    collected = next((step.result for step in steps if step.step == "collect"), {})
+    quarantine = collected.get("quarantine", {})
+    return Outcome(
+        adapter=adapter,
+        verdict=verdict,
+        stage=stage,
+        reason=reason,
+        counts=CollectedCounts.model_validate(collected.get("counts", {})),
+        quarantine=quarantine.get("file"),
+        quarantined=quarantine.get("reasons", ()),
+        **scores,
+    )
 
 
 def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[str, Any]]) -> tuple[Verdict, str, str]:
@@ -115,8 +135,9 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
     if gate is not None:
         return _gate_verdict(done.get("promote", gate)), "promote", str(gate["reason"])
     last = steps[-1]
-    if "waiting" in last.result:
-        return Verdict.WAITING, last.step, str(last.result["waiting"])
+    for verdict in (Verdict.WAITING, Verdict.SKIPPED):
+        if verdict in last.result:
+            return verdict, last.step, str(last.result[verdict])
     if last.status is StepStatus.PENDING and last.result.get("error"):
         reason = f"{last.step}: {last.result['error']} `loramill nightly run` resumes it."
         return Verdict.INTERRUPTED, last.step, reason

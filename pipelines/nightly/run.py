@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from loramill.errors import SetupError, Unavailable
 from loramill.models.catalog import find_base
-from loramill.pipelines.nightly.collect import collect_all
+from loramill.pipelines.nightly.collection.collect import collect_all
 from loramill.pipelines.nightly.context import NightlyContext, OnProgress, Report, adapter_exists
 from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway

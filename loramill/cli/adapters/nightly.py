@@ -175,6 +175,9 @@ def _print_run(
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
+    for each in found:
+        if notes := collection_notes(each):
+            print_message(notes)
     for each in aside:
         print_message(
             f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "
@@ -184,6 +187,16 @@ def _print_run(
         )
     print_message(summary(found))
     return found
+
+
+def collection_notes(outcome: Any) -> str:
+    """Returns what became of rows that an adapter's run does not use; empty if it uses all."""
+    left_out = outcome.counts.describe()
+    if not left_out:
+        return ""
+    reasons = "".join(f"\n  {first_lines(reason)}" for reason in outcome.quarantined)
+    file = f"; all quarantined rows are in {outcome.quarantine}" if outcome.quarantine else ""
+    return f"{outcome.adapter}: {left_out}{file}{':' if reasons else '.'}{reasons}"
 
 
 def outcome_row(outcome: Any) -> tuple[Cell, ...]:

@@ -13,7 +13,7 @@ from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstrain
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from loramill.types import Alias, JobStatus, Scope, StepStatus
+from loramill.types import Alias, ContentSide, JobStatus, Scope, StepStatus
 
 
 class TableBase(DeclarativeBase):
@@ -309,6 +309,45 @@ class AdapterDataRow(TableBase):
     valid: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"))
     created_at: Mapped[float]
     run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
+
+
+class AdapterContentRow(TableBase):
+    """An example that nightly runs train an adapter on, or hold out; only hashes of it are stored here.
+
+    `digest` identifies its normalized content, `sketch` its trigrams (empty once its dataset was deleted). `dataset` is
+    the dataset that it was frozen in. `run` is the nightly run that used it; null if its data was released. `imported`:
+    it comes from a job of the champion that no nightly run submitted.
+    """
+
+    __tablename__ = "adapter_content"
+    __table_args__ = (Index(None, "dataset"),)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    side: Mapped[ContentSide] = mapped_column(_text_enum(ContentSide))
+    sketch: Mapped[bytes]
+    dataset: Mapped[str]
+    run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
+    imported: Mapped[bool] = mapped_column(default=False, server_default=false())
+
+
+class SourceFileRow(TableBase):
+    """A file that a scan of an adapter's sources has seen.
+
+    `state` is that of storage (size and time or ETag), and `settled` whether the file was read in this state: a file
+    that may still be written waits. `content` is the SHA-256 of what was read. `dataset` is what it became, `error` why
+    it became none.
+    """
+
+    __tablename__ = "source_files"
+    adapter: Mapped[str] = mapped_column(String, primary_key=True)
+    url: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
+    state: Mapped[str]
+    settled: Mapped[bool]
+    content: Mapped[str | None] = mapped_column(String(64))
+    dataset: Mapped[str | None]
+    error: Mapped[str | None]
+    seen_at: Mapped[float]
 
 
 class UsageRow(TableBase):

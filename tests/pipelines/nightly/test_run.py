@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from loramill.errors import (
 )
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly import collect, run, train
+from loramill.pipelines.nightly import run, train
+from loramill.pipelines.nightly.collection import collect
+from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
@@ -265,15 +268,64 @@ def test_a_previous_version_that_was_deleted_is_left_out(cluster: Cluster) -> No
 def test_examples_that_are_all_the_same_wait_for_others(cluster: Cluster) -> None:
     cluster.feed("acme/a", rows(1) * 20)
     waiting = only(cluster.run())
-    assert waiting.verdict is Verdict.WAITING and "all identical" in waiting.reason
+    assert waiting.verdict is Verdict.WAITING and waiting.reason.startswith("1 new example so far")
+    question = "Where is the parcel that I ordered three weeks ago and that has still not arrived at my house"
+    alike = [{"role": "user", "content": question}, {"role": "assistant", "content": "On its way."}]
+    same = [{"messages": [{"role": "user", "content": f"{question}{'?' * count}"}, alike[1]]} for count in range(11)]
+    cluster.feed("bolt/b", same)
+    _, waiting = cluster.run()
+    assert waiting.verdict is Verdict.WAITING and "all alike" in waiting.reason
+
+
+def test_data_that_is_known_is_skipped(cluster: Cluster) -> None:
+    cluster.feed("acme/a", rows(12))
+    assert only(cluster.run()).counts == CollectedCounts(train=11, held_out=1)
+    cluster.feed("acme/a", rows(12))
+    skipped = only(cluster.run())
+    assert (skipped.verdict, skipped.reason) == (
+        Verdict.SKIPPED,
+        "nothing new: 11 known already, 1 equal or similar to held-out examples.",
+    )
+    assert succeeded([skipped]) and cluster.pending() == [] and cluster.run() == []
+    assert cluster.trained == ["acme/a"]
+
+
+def test_bad_rows_are_quarantined_and_listed(cluster: Cluster) -> None:
+    bad = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}]
+    cluster.feed("acme/a", [*rows(12), *bad])
+    outcome = only(cluster.run())
+    assert (outcome.stage, outcome.counts.quarantined) == ("promote", 1)
+    assert outcome.quarantined == (
+        "rows.jsonl, line 13: messages[1].content is empty; write the text, or remove the example.",
+    )
+    with cluster.registry.reading() as session:
+        file = datasets.get(session, outcome.quarantine or "", "acme")
+    (found,) = cluster.registry.artifacts.read(file.artifact, "data.jsonl").splitlines()
+    assert json.loads(found) == {
+        "file": "rows.jsonl",
+        "line": 13,
+        "field": "messages[1].content",
+        "reason": "messages[1].content is empty; write the text, or remove the example.",
+        "row": json.dumps(bad[0]),
+    }
+
+
+def test_data_of_a_failed_run_is_not_known_when_it_is_retried(cluster: Cluster) -> None:
+    cluster.pool = partial(failing, cluster)
+    cluster.feed("acme/a", rows(12))
+    assert only(cluster.run()).verdict is Verdict.FAILED
+    cluster.pool = cluster.publish
+    with cluster.registry.writing() as session:
+        nightly.retry(session, "acme/a")
+    assert only(cluster.run()).counts.train == 11
 
 
 def test_data_that_fails_is_set_aside_and_does_not_stop_others(cluster: Cluster) -> None:
-    cluster.feed("acme/bad", [*rows(60), {"prompt": "Q", "completion": "A"}])
+    cluster.feed("acme/bad", [*rows(60), *({"prompt": f"Q {i}", "completion": "A"} for i in range(20))])
     cluster.feed("bolt/good", rows(60))
     bad, good = cluster.run()
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "collect", Verdict.PROMOTED)
-    assert "another format" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
+    assert "20 of 80 rows are bad, more than 20%" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
     assert not succeeded([bad, good])
     assert summary([bad, good]) == "Nightly run: 1 promoted, 1 failed (acme/bad at collect)."
     assert cluster.set_aside() == {"acme/bad": "collect"} and cluster.run() == []

@@ -1,0 +1,140 @@
+"""Decides which new examples are trained on, held out, or left out. A pure function of their content and of the past.
+
+The rules, over all nights, files and sources of an adapter:
+
+- A held-out example, or a near-duplicate of one, is never trained on.
+- What was trained on, or is a near-duplicate of it, is never held out: a champion that has seen an example would be
+  compared on it with a challenger that has not.
+- Near-duplicates that arrive together are on one side. The connected components of the relation are kept whole, since
+  A may resemble B and B resemble C without A resembling C.
+- The components to hold out are chosen by their smallest digest, so that neither the order of examples nor files
+  matters. A decision is recorded, so that it holds in all later nights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from enum import StrEnum
+
+from loramill.data.new_data import held_out_count
+from loramill.pipelines.nightly.collection.fingerprint import Fingerprint
+from loramill.pipelines.nightly.collection.relation import Known, Relation
+from loramill.pipelines.nightly.definition import SplitDefinition
+from loramill.types import ContentSide
+
+
+class Fate(StrEnum):
+    """What becomes of a new example."""
+
+    TRAIN = "train"
+    HELD_OUT = "held out"
+    REPEATED = "repeated"  # equal to another one, or to one that was used before
+    LEAKED = "leaked"  # equal or near to a held-out one, so that it must not be trained on
+    TRAINED = "trained"  # of a validation file: equal or near to what was trained on
+
+
+def assign(
+    train: Sequence[Fingerprint], valid: Sequence[Fingerprint], known: Known, rules: SplitDefinition
+) -> tuple[list[Fate], list[Fate]]:
+    """Decides the fates of the examples of training files and of validation files, in their order.
+
+    Without a validation example to hold out, a part of the training examples is held out, unless all of them resemble
+    each other or what was trained on.
+    """
+    table = {
+        each.digest: (side, used) for each, side, used in zip(known.examples, known.sides, known.used, strict=True)
+    }
+    valid_fates = _exact_fates(valid, table, training=False)
+    new_valid = {each.digest for each, fate in zip(valid, valid_fates, strict=True) if fate is None}
+    train_fates = _exact_fates(train, table, training=True, validation=new_valid)
+    fates = [*valid_fates, *train_fates]
+    undecided = [index for index, fate in enumerate(fates) if fate is None]
+    relation = Relation([*valid, *train], undecided, known, rules.near_duplicate)
+
+    for index in relation.open(range(len(valid))):
+        near = relation.near_known(index, ContentSide.TRAIN)
+        valid_fates[index] = Fate.TRAINED if near else Fate.HELD_OUT
+    held = [index for index, fate in enumerate(valid_fates) if fate is Fate.HELD_OUT]
+    decided = {each.digest: table[each.digest][0] for each in train if each.digest in table}
+    # Examples of a run whose data was released keep their side.
+    again = [
+        len(valid) + index
+        for index, each in enumerate(train)
+        if train_fates[index] is None and decided.get(each.digest) is ContentSide.HELD_OUT
+    ]
+    relation.hold_out([*held, *again])
+    rest = []
+    for index in relation.open(range(len(valid), len(valid) + len(train))):
+        if index in again:
+            train_fates[index - len(valid)] = Fate.HELD_OUT
+        elif relation.near_held_out(index):
+            train_fates[index - len(valid)] = Fate.LEAKED
+        else:
+            rest.append(index)
+    chosen: Collection[int] = ()
+    if not held:
+        eligible = [
+            component
+            for component in relation.components(rest)
+            if not any(
+                train[index - len(valid)].digest in decided or relation.near_known(index, ContentSide.TRAIN)
+                for index in component
+            )
+        ]
+        target = held_out_count(len(rest) + len(again), rules.held_out) - len(again)
+        keys = {index: train[index - len(valid)].digest for index in rest}
+        chosen = choose_held_out(eligible, keys, target)
+    for index in rest:
+        train_fates[index - len(valid)] = Fate.HELD_OUT if index in chosen else Fate.TRAIN
+    return [fate or Fate.TRAIN for fate in train_fates], [fate or Fate.HELD_OUT for fate in valid_fates]
+
+
+def near_held_out(
+    examples: Sequence[Fingerprint], held_out: Sequence[Fingerprint], threshold: float | None
+) -> list[bool]:
+    """Which examples are equal or near to held-out ones."""
+    digests = {each.digest for each in held_out}
+    known = Known(held_out, [ContentSide.HELD_OUT] * len(held_out), [True] * len(held_out))
+    relation = Relation(examples, range(len(examples)), known, threshold)
+    return [each.digest in digests or relation.near_held_out(index) for index, each in enumerate(examples)]
+
+
+def choose_held_out(components: Iterable[Sequence[int]], keys: Mapping[int, str], target: int) -> set[int]:
+    """Chooses whole components with `target` members together, or the smallest one if none is that small.
+
+    Args:
+        components: the components that may be held out.
+        keys: the digests of all members and of all others that could be trained; not all of them are chosen.
+    """
+    ordered = sorted((min(keys[index] for index in each), each) for each in components)
+    chosen: set[int] = set()
+    for _, component in ordered:
+        if len(chosen) + len(component) <= target:
+            chosen.update(component)
+    if not chosen and target > 0 and ordered:
+        chosen.update(min(ordered, key=lambda each: (len(each[1]), each[0]))[1])
+    return chosen if len(chosen) < len(keys) else set()
+
+
+def _exact_fates(
+    examples: Sequence[Fingerprint],
+    table: Mapping[str, tuple[ContentSide, bool]],
+    *,
+    training: bool,
+    validation: Collection[str] = (),
+) -> list[Fate | None]:
+    """The fates that equality decides; None for the others."""
+    fates: list[Fate | None] = []
+    seen: set[str] = set()
+    for example in examples:
+        side, used = table.get(example.digest, (None, False))
+        if example.digest in validation or (training and used and side is ContentSide.HELD_OUT):
+            fates.append(Fate.LEAKED)
+        elif example.digest in seen or (used and (training or side is ContentSide.HELD_OUT)):
+            fates.append(Fate.REPEATED)
+        elif used:
+            fates.append(Fate.TRAINED)
+        else:
+            fates.append(None)
+        seen.add(example.digest)
+    return fates

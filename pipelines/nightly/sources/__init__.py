@@ -1,0 +1,1 @@
+"""Where new data comes from, besides `loramill data add`."""
