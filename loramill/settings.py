@@ -42,6 +42,10 @@ def _number_of_text(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+#: Days for which stored completions are kept by default.
+COMPLETION_DAYS = 30.0
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -313,6 +317,14 @@ class Settings(BaseSettings):
     )
     api_key: str | None = Field(
         default=None, description="API key that the client uses. Unset: the admin key in `home`."
+    )
+    completion_days: float = Field(
+        default=COMPLETION_DAYS,
+        gt=0,
+        le=36_500,
+        allow_inf_nan=False,
+        description="Days for which completions are stored that a tenant has requested to store, unless the tenant has "
+        "a number of days of its own.",
     )
     serve: ServeSettings = Field(default=ServeSettings(), description="Gateways and engine replicas.")
     jobs: JobSettings = Field(default=JobSettings(), description="The pool that runs fine-tune jobs.")

@@ -44,7 +44,11 @@ class Supervisor:
         _start_thread(
             "clean-up",
             lambda: clean_up_periodically(
-                registry, settings.checkpoints, settings.retention, interval_seconds=CLEANUP_SECONDS
+                registry,
+                settings.checkpoints,
+                settings.retention,
+                interval_seconds=CLEANUP_SECONDS,
+                completion_days=settings.completion_days,
             ),
         )
 

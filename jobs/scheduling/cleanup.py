@@ -1,4 +1,4 @@
-"""Removes versions that retention does not keep, artifacts that nothing refers to, and checkpoints of jobs that ended.
+"""Removes versions and completions that retention does not keep, unused artifacts, and checkpoints of ended jobs.
 
 No Ray.
 """
@@ -15,8 +15,10 @@ from sqlalchemy.orm import Session
 
 from loramill.registry import Registry
 from loramill.registry.database.tables import AdapterRow, JobRow
+from loramill.registry.feedback import completions
 from loramill.registry.retention.policy import DAY_SECONDS
 from loramill.registry.retention.prune import prune
+from loramill.settings import COMPLETION_DAYS
 from loramill.storage.object_store import open_filesystem, translate_store_errors
 from loramill.types import JobStatus, RetentionPolicy
 
@@ -31,16 +33,29 @@ _JOB_ID = re.compile(r"ftjob-[0-9a-f]{24}")
 _DONE = (JobStatus.SUCCEEDED, JobStatus.CANCELLED)
 
 
-def clean_up(registry: Registry, checkpoints: Path | str, retention: RetentionPolicy, *, now: float) -> int:
-    """Removes old versions, unused artifacts and checkpoints; returns how many versions, artifacts and jobs together.
+def clean_up(
+    registry: Registry,
+    checkpoints: Path | str,
+    retention: RetentionPolicy,
+    *,
+    now: float,
+    completion_days: float = COMPLETION_DAYS,
+) -> int:
+    """Removes old versions and stored completions, unused artifacts and checkpoints.
 
     Args:
         retention: of the adapters that have none of their own.
+        completion_days: retention of the stored completions of the tenants that have none of their own.
+
+    Returns:
+        How many versions, completions, artifacts and jobs together.
 
     Raises:
         LoramillError: the database or the artifact store can't be reached.
     """
-    pruned = len(prune(registry, retention, now=now))
+    with registry.writing(invalidate_caches=False) as session:
+        expired = completions.expire(session, completion_days, now=now)
+    pruned = expired + len(prune(registry, retention, now=now))
     unreferenced = registry.remove_unreferenced(ARTIFACT_GRACE_SECONDS)
     return pruned + unreferenced + remove_ended_checkpoints(registry, checkpoints, retention, now=now)
 
@@ -91,12 +106,17 @@ def _failed_seconds(retention: RetentionPolicy) -> float:
 
 
 def clean_up_periodically(
-    registry: Registry, checkpoints: Path | str, retention: RetentionPolicy, *, interval_seconds: float
+    registry: Registry,
+    checkpoints: Path | str,
+    retention: RetentionPolicy,
+    *,
+    interval_seconds: float,
+    completion_days: float = COMPLETION_DAYS,
 ) -> None:
     """Cleans up every `interval_seconds`, also after errors."""
     while True:
         try:
-            clean_up(registry, checkpoints, retention, now=time.time())
+            clean_up(registry, checkpoints, retention, now=time.time(), completion_days=completion_days)
         except Exception:  # a database or a disk may be back the next time
             log.exception("clean-up failed; retrying")
         time.sleep(interval_seconds)

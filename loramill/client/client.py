@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from loramill.client.adapters import AdaptersResource
+from loramill.client.feedback import FeedbackResource
 from loramill.client.files import FilesResource
 from loramill.client.http import Transport, is_local_url, unexpected_response
 from loramill.client.jobs import JobsResource
@@ -59,6 +60,7 @@ class Client:
         adapters: Adapters, their versions and aliases.
         tenants: Tenants and their limits.
         keys: API keys of tenants.
+        feedback: Ratings and corrections of stored completions.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Client:
         self.adapters = AdaptersResource(self._transport, self.files)
         self.tenants = TenantsResource(self._transport)
         self.keys = KeysResource(self._transport)
+        self.feedback = FeedbackResource(self._transport)
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from loramill.types import (
     AliasChange,
     EvaluationRecord,
     Executor,
+    FeedbackRecord,
     FrozenModel,
     JobStatus,
     KeyRecord,
@@ -268,3 +269,25 @@ class Adapter(AdapterRecord):
     versions: tuple[VersionRecord, ...] = ()
     history: tuple[AliasChange, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
+
+
+class AnswerTexts(FrozenModel):
+    """A stored request and one of its answers.
+
+    Attributes:
+        messages: Messages of a chat completion's request.
+        tools: Tools of a chat completion's request.
+        prompt: Prompt of a text completion, as text or as token ids.
+        answer: A message, or the text of a text completion.
+    """
+
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    answer: dict[str, Any] | str
+
+
+class RatedAnswer(FeedbackRecord):
+    """Feedback, with the request and the answer where these were requested."""
+
+    texts: AnswerTexts | None = None

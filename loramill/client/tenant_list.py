@@ -18,6 +18,7 @@ Quota = Annotated[int, Field(ge=0, lt=2**31, strict=True)] | Literal["unlimited"
 Rate = Annotated[int, Field(ge=1, lt=2**31, strict=True)] | Literal["unlimited"] | None
 Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)] | Literal["unlimited"] | None
 Bytes = Annotated[int, Field(ge=0, lt=2**53, strict=True)] | Literal["unlimited"] | None
+CompletionDays = Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | Literal["default"] | None
 
 #: Maximum number of tenants that one request creates.
 MAX_TENANTS_PER_REQUEST = 1000

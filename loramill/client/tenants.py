@@ -115,6 +115,24 @@ class TenantsResource:
         path = f"{_tenant_path(tenant)}/limits"
         return parse_object(TenantRecord, self._transport.request_json("POST", path, json=drop_none(limits)))
 
+    def set_storage(
+        self,
+        tenant: str,
+        *,
+        store_completions: bool | None = None,
+        completion_days: float | Literal["default"] | None = None,
+    ) -> TenantRecord:
+        """Records whether a tenant consents to storing completions. Omitted arguments keep their values.
+
+        Args:
+            tenant: The tenant.
+            store_completions: Whether completions are stored whose request has `store: true`.
+            completion_days: Days for which they are stored; "default": those of the settings.
+        """
+        storage = {"store_completions": store_completions, "completion_days": completion_days}
+        path = f"{_tenant_path(tenant)}/storage"
+        return parse_object(TenantRecord, self._transport.request_json("POST", path, json=drop_none(storage)))
+
     def list(self) -> Sequence[TenantRecord]:
         """Returns all tenants."""
         return [parse_object(TenantRecord, row) for row in self._transport.paginate("/v1/tenants")]

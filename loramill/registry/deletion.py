@@ -25,6 +25,7 @@ from loramill.registry.database.tables import (
     AliasRow,
     AuditRow,
     CheckpointRow,
+    CompletionRow,
     DatasetRow,
     EvaluationRow,
     EventRow,
@@ -47,7 +48,7 @@ _MAX_NAMED_JOBS = 5
 
 
 def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bool = False) -> DeletionSummary:
-    """Deletes an adapter with its versions, aliases, evaluations, new data, nightly steps and jobs.
+    """Deletes an adapter with its versions, aliases, evaluations, new data, stored completions, nightly steps and jobs.
 
     Datasets stay, since they belong to the tenant.
 
@@ -119,7 +120,7 @@ def remove_version(session: Session, version: VersionRecord) -> None:
 
 
 def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> DeletionSummary:
-    """Deletes a tenant with its keys, datasets, jobs, adapters and limits.
+    """Deletes a tenant with its keys, datasets, jobs, adapters, stored completions and limits.
 
     What stays has no names: the usage is added to that of `usage.DELETED_TENANT`; audit rows keep their time, action,
     key ID, request ID and the IDs of files and jobs, and lose the tenant, names and details.
@@ -146,7 +147,7 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     _remove_adapters(session, AdapterRow.tenant == name)
     jobs = _remove_jobs(session, of_tenant)
     files = _execute(session, delete(DatasetRow).where(DatasetRow.tenant == name))
-    for table in (KeyRow, RateWindowRow, SourceFileRow):
+    for table in (KeyRow, RateWindowRow, SourceFileRow, CompletionRow):
         _execute(session, delete(table).where(table.tenant == name))
     _anonymize_usage(session, name)
     _anonymize_audit(session, name)
@@ -210,6 +211,7 @@ def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
         AliasRow,
         VersionRow,
         PrunedVersionRow,
+        CompletionRow,  # with their feedback
     ):
         _execute(session, delete(table).where(table.adapter.in_(names)))
     _execute(session, delete(AdapterRow).where(condition))

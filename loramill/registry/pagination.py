@@ -1,4 +1,4 @@
-"""Cursor pages as in OpenAI's API: newest first; `after` is the last ID of the previous page."""
+"""Cursor pages as in OpenAI's API: newest or oldest first; `after` is the last ID of the previous page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
 
 from loramill.errors import NotFound
-from loramill.registry.database.tables import AuditRow, DatasetRow, JobRow
+from loramill.registry.database.tables import AuditRow, CompletionRow, DatasetRow, FeedbackRow, JobRow
 
-Listed = TypeVar("Listed", AuditRow, DatasetRow, JobRow)
+Listed = TypeVar("Listed", AuditRow, CompletionRow, DatasetRow, FeedbackRow, JobRow)
 
 
 def newest_page(
@@ -21,8 +21,10 @@ def newest_page(
     after: str | None,
     limit: int,
     filters: Sequence[ColumnElement[bool]] = (),
+    *,
+    oldest_first: bool = False,
 ) -> list[Listed]:
-    """Returns at most `limit` rows, newest first.
+    """Returns at most `limit` rows, newest first unless `oldest_first` is true.
 
     A caller that has to know whether there are more rows passes a limit that is larger by one.
 
@@ -33,12 +35,15 @@ def newest_page(
     Raises:
         NotFound: `after` is not an ID of a row of the tenant.
     """
-    statement = select(table).where(*filters).order_by(table.created_at.desc(), table.id.desc()).limit(limit)
+    statement = select(table).where(*filters).limit(limit)
+    columns = (table.created_at, table.id)
+    statement = statement.order_by(*(each.asc() if oldest_first else each.desc() for each in columns))
     if tenant is not None:
         statement = statement.where(table.tenant == tenant)
     if after is not None:
         last = session.get(table, after)
         if last is None or tenant not in (None, last.tenant):
             raise NotFound(f"There is no '{after}' to list after.", param="after")
-        statement = statement.where(tuple_(table.created_at, table.id) < (last.created_at, last.id))
+        row, position = tuple_(*columns), (last.created_at, last.id)
+        statement = statement.where(row > position if oldest_first else row < position)
     return list(session.scalars(statement))

@@ -16,6 +16,7 @@ from loramill.registry.database.tables import (
     AdapterRow,
     AliasChangeRow,
     AliasRow,
+    CompletionRow,
     EvaluationRow,
     JobRow,
     NightlyRunRow,
@@ -36,14 +37,15 @@ _OF_ADAPTER = (
     AdapterDataRow,
     SourceFileRow,
     PrunedVersionRow,
+    CompletionRow,
 )
 
 
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
     """Renames an adapter.
 
-    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps and jobs
-    (running jobs as well) follow. Usage and audit rows keep the old name.
+    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps, stored
+    completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
 
     Raises:
         NotFound: there is no such adapter.

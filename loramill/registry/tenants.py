@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
 from loramill.registry.database.tables import DatasetRow, JobRow, TenantRow, VersionRow
-from loramill.types import JobStatus, Limits, TenantRecord
+from loramill.types import CompletionStorage, JobStatus, Limits, TenantRecord
 
 
 def create(session: Session, name: str) -> TenantRecord:
@@ -87,6 +87,18 @@ def set_limits(session: Session, name: str, limits: Limits) -> TenantRecord:
     row = _locked_row(session, name)
     for limit in Limits.model_fields:
         setattr(row, limit, getattr(limits, limit))
+    session.flush()
+    return TenantRecord.model_validate(row)
+
+
+def set_storage(session: Session, name: str, storage: CompletionStorage) -> TenantRecord:
+    """Sets whether a tenant's completions may be stored, and for how long.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
+    row = _locked_row(session, name)
+    row.store_completions, row.completion_days = storage.store_completions, storage.completion_days
     session.flush()
     return TenantRecord.model_validate(row)
 

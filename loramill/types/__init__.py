@@ -9,6 +9,14 @@ from loramill.types.base import FrozenModel
 from loramill.types.datasets import DatasetRecord
 from loramill.types.devices import GpuInfo
 from loramill.types.evaluations import Candidate, EvaluationRecord, ExampleResult
+from loramill.types.feedback import (
+    CompletionDeletion,
+    CompletionKind,
+    CompletionRecord,
+    CompletionStorage,
+    FeedbackRecord,
+    Rating,
+)
 from loramill.types.jobs import (
     ALL_LINEAR,
     ATTENTION_TARGETS,
@@ -56,6 +64,10 @@ __all__ = [
     "Candidate",
     "CandidateState",
     "CheckpointRecord",
+    "CompletionDeletion",
+    "CompletionKind",
+    "CompletionRecord",
+    "CompletionStorage",
     "ContentRecord",
     "ContentSide",
     "DatasetRecord",
@@ -63,6 +75,7 @@ __all__ = [
     "EvaluationRecord",
     "ExampleResult",
     "Executor",
+    "FeedbackRecord",
     "FrozenModel",
     "GpuInfo",
     "JobEvent",
@@ -80,6 +93,7 @@ __all__ = [
     "PendingAction",
     "Quantization",
     "RateWindow",
+    "Rating",
     "Removal",
     "RetentionPolicy",
     "Schedule",

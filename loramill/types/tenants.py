@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from loramill.types.base import FrozenModel
+from loramill.types.feedback import CompletionStorage
 
 
 class Scope(StrEnum):
@@ -37,8 +38,11 @@ class Limits(FrozenModel):
     )
 
 
-class TenantRecord(Limits):
-    """A tenant with its limits, its fair share and its number of jobs. A limit or quota of null means unlimited."""
+class TenantRecord(Limits, CompletionStorage):
+    """A tenant with its limits, its fair share, its consent to storage and its number of jobs.
+
+    A limit or quota of null means unlimited.
+    """
 
     id: int = Field(description="Number of the tenant.")
     name: str = Field(description="Name of the tenant.")

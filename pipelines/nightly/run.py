@@ -20,6 +20,7 @@ from loramill.pipelines.nightly.context import NightlyContext, OnProgress, Repor
 from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.promote import gate_all, promote_all
+from loramill.pipelines.nightly.sources.feedback import add_feedback
 from loramill.pipelines.nightly.train import train_all
 from loramill.registry import Registry, nightly
 from loramill.settings import Settings
@@ -51,6 +52,7 @@ def run_nightly(
         adapters_with_data = {data.adapter for data in nightly.pending_data(session)}
     context = NightlyContext(run, registry, settings, base, report, gateway or HttpGateway(settings), progress)
     seen = adapters_with_data | {step.adapter for step in context.steps()}
+    add_feedback(context)
     collect_all(context)
     try:
         for stage in (train_all, evaluate_all, gate_all, promote_all):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -30,6 +31,7 @@ from loramill.serve.api.routes import (
     chat,
     completions,
     deletion,
+    feedback,
     files,
     fine_tuning,
     health,
@@ -38,6 +40,8 @@ from loramill.serve.api.routes import (
     tenants,
     usage,
 )
+from loramill.serve.api.storage.consent import tenant_cache
+from loramill.serve.api.storage.writer import CompletionWriter
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.submission.dataset_checks import DatasetChecks
@@ -47,6 +51,7 @@ ROUTERS = (
     chat.router,
     completions.router,
     models.router,
+    *feedback.ROUTERS,
     files.router,
     fine_tuning.router,
     job_batches.router,
@@ -81,7 +86,7 @@ def build_api(
         settings: limits of uploads and of training files, CORS origins, and more.
         other_bases: more base models that are served.
     """
-    usage_tracker = UsageTracker()
+    usage_tracker, writer = UsageTracker(), CompletionWriter(registry)
     app = FastAPI(
         title="loramill",
         version=loramill.__version__,
@@ -89,12 +94,23 @@ def build_api(
         openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lambda _: usage_flusher(usage_tracker, registry),
+        lifespan=lambda _: _background(usage_tracker, writer, registry),
     )
     served = {each.base.name: each for each in (ServedBase(base, backend), *other_bases)}
     dataset_checks = DatasetChecks(registry.artifacts, tokenizer)
     versions = version_cache(registry, settings.serve.grace_seconds)
-    app.state.gateway = Gateway(registry, base, tokenizer, served, settings, dataset_checks, versions, usage_tracker)
+    app.state.gateway = Gateway(
+        registry,
+        base,
+        tokenizer,
+        served,
+        settings,
+        dataset_checks,
+        versions,
+        usage_tracker,
+        tenant_cache(registry, settings.serve.grace_seconds),
+        writer,
+    )
     for router in ROUTERS:
         app.include_router(router)
     add_docs(app)
@@ -111,3 +127,10 @@ def build_api(
     app.add_middleware(AccessLogMiddleware)
     app.add_middleware(RequestIdMiddleware)
     return app
+
+
+@asynccontextmanager
+async def _background(usage_tracker: UsageTracker, writer: CompletionWriter, registry: Registry) -> AsyncIterator[None]:
+    """Writes usage and stored completions while the block runs, and what is left of them at its end."""
+    async with usage_flusher(usage_tracker, registry), writer.running():
+        yield

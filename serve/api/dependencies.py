@@ -15,11 +15,12 @@ from loramill.registry import Registry
 from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.storage.writer import CompletionWriter
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.submission.dataset_checks import DatasetChecks
 from loramill.submission.submit import SubmissionContext
-from loramill.types import VersionRecord
+from loramill.types import TenantRecord, VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Gateway:
         dataset_checks: cached checks of files.
         version_cache: the version of an adapter and an alias or version prefix.
         usage_tracker: limits and usage of the tenants.
+        tenant_cache: tenants with their settings, by name.
+        completions: writes stored completions.
     """
 
     registry: Registry
@@ -53,6 +56,8 @@ class Gateway:
     dataset_checks: DatasetChecks
     version_cache: ReadThroughCache[tuple[AdapterName, str], VersionRecord]
     usage_tracker: UsageTracker
+    tenant_cache: ReadThroughCache[str, TenantRecord]
+    completions: CompletionWriter
 
     @property
     def submission(self) -> SubmissionContext:
@@ -71,5 +76,14 @@ async def _get_caller(request: Request) -> Caller:
     return caller
 
 
+async def _get_written_gateway(request: Request) -> Gateway:
+    """The gateway, after it has written its stored completions, so that the endpoint can read them."""
+    gateway: Gateway = request.app.state.gateway
+    await gateway.completions.flush()
+    return gateway
+
+
 GatewayDep = Annotated[Gateway, Depends(_get_gateway)]
 CallerDep = Annotated[Caller, Depends(_get_caller)]
+#: For endpoints that read stored completions.
+WrittenGatewayDep = Annotated[Gateway, Depends(_get_written_gateway)]

@@ -21,6 +21,7 @@ A parameter that is null counts as not given."""
 #: Groups of endpoints.
 TAGS = [
     {"name": "inference", "description": "Text generation, and the models that can be used."},
+    {"name": "feedback", "description": "Stored completions, and ratings and corrections of their answers."},
     {"name": "data", "description": "Dataset files, which are validated on upload, and result files of jobs."},
     {"name": "jobs", "description": "Fine-tune jobs."},
     {"name": "adapters", "description": "Adapters, their versions, and the aliases that point to versions."},

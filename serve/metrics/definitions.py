@@ -85,6 +85,12 @@ DURATION = Histogram(
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
 
+DROPPED_COMPLETIONS = Counter(
+    "loramill_dropped_completions",
+    "Completions with `store: true` that were answered but not stored: the database was unavailable for too long.",
+    registry=REGISTRY,
+)
+
 
 class BoundedLabels:
     """Labels for names: the first `max_labels` names have their own, all others share one, which bounds the series."""

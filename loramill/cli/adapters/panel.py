@@ -9,6 +9,7 @@ from loramill.cli.adapters.chat import chat
 from loramill.cli.adapters.data import add_data, list_data
 from loramill.cli.adapters.delete import delete_adapters
 from loramill.cli.adapters.export import export
+from loramill.cli.adapters.feedback import delete_feedback, export_feedback, list_feedback
 from loramill.cli.adapters.generate import generate
 from loramill.cli.adapters.import_folder import import_adapter
 from loramill.cli.adapters.merge import merge
@@ -19,6 +20,7 @@ from loramill.cli.groups import ListByDefault
 
 adapters = typer.Typer(cls=ListByDefault, help="List and change adapters and their versions. Default: list.")
 data = typer.Typer(help="Add and list the examples that nightly runs train an adapter on.", no_args_is_help=True)
+feedback = typer.Typer(cls=ListByDefault, help="List, export and delete ratings and corrections. Default: list.")
 nightly = typer.Typer(
     help="Retrain adapters with new data; runs on the machine with the registry.", no_args_is_help=True
 )
@@ -40,6 +42,9 @@ def add_adapter_commands(app: typer.Typer) -> None:
     adapters.command("prune")(prune_adapters)
     data.command("add")(add_data)
     data.command("list")(list_data)
+    feedback.command("list")(list_feedback)
+    feedback.command("export")(export_feedback)
+    feedback.command("delete")(delete_feedback)
     nightly.command("run")(run)
     nightly.command("show")(show_run)
     nightly.command("data")(show_data)
@@ -49,4 +54,5 @@ def add_adapter_commands(app: typer.Typer) -> None:
         app.command(rich_help_panel="Adapters")(command)
     app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")
     app.add_typer(data, name="data", rich_help_panel="Adapters")
+    app.add_typer(feedback, name="feedback", rich_help_panel="Adapters")
     app.add_typer(nightly, name="nightly", rich_help_panel="Adapters")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -87,6 +87,43 @@ def set_limits(
         print_json(set_to)
     else:
         print_fields(_limit_fields(set_to))
+
+
+def set_storage(
+    name: TenantArgument,
+    store: Annotated[
+        bool | None,
+        typer.Option("--store/--no-store", help="Whether completions are stored whose request has `store: true`."),
+    ] = None,
+    days: Annotated[
+        str | None, typer.Option(metavar="DAYS", help="Days for which they are stored, or default.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Record whether a tenant consents to storing completions, or show it if no option is given.
+
+    Omitted options keep their values. Without consent, requests with `store: true` are refused.
+    """
+    kept_days = _parse_days(days)
+    with Client() as client:
+        if store is None and kept_days is None:
+            set_to = client.tenants.get(name)
+        else:
+            set_to = client.tenants.set_storage(name, store_completions=store, completion_days=kept_days)
+    if json:
+        print_json(set_to)
+    else:
+        days_text = "as in the settings" if set_to.completion_days is None else f"{set_to.completion_days:g}"
+        print_fields([("store", "yes" if set_to.store_completions else "no"), ("days", days_text)])
+
+
+def _parse_days(text: str | None) -> float | Literal["default"] | None:
+    if text is None or text == "default":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter("give a number of days, or default.", param_hint="--days") from error
 
 
 def _limit_fields(tenant: TenantRecord) -> list[tuple[str, Cell]]:

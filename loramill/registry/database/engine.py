@@ -79,7 +79,8 @@ def make_engine(url: URL) -> Engine:
         DatabaseUnusable: PostgreSQL's driver is not installed.
     """
     # NaN is not JSON: PostgreSQL refuses it, so SQLite has to refuse it as well.
-    options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False)}
+    # Parameters of a failed statement may be prompts, which are never logged.
+    options: dict[str, Any] = {"json_serializer": partial(json.dumps, allow_nan=False), "hide_parameters": True}
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, max_overflow=-1, **options)
         event.listen(engine, "connect", _prepare_sqlite)

@@ -13,7 +13,7 @@ from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstrain
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from loramill.types import Alias, ContentSide, JobStatus, Scope, StepStatus
+from loramill.types import Alias, CompletionKind, ContentSide, JobStatus, Rating, Scope, StepStatus
 
 
 class TableBase(DeclarativeBase):
@@ -60,6 +60,8 @@ class TenantRow(TableBase):
     tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
     concurrent_requests: Mapped[int | None]
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    store_completions: Mapped[bool] = mapped_column(default=False, server_default=false())
+    completion_days: Mapped[float | None]
     #: Tokens leased to its jobs, divided by its weight; the tenant with the smallest value is next. See `fair_share`.
     served: Mapped[float] = mapped_column(default=0.0, server_default="0")
 
@@ -348,6 +350,48 @@ class SourceFileRow(TableBase):
     dataset: Mapped[str | None]
     error: Mapped[str | None]
     seen_at: Mapped[float]
+
+
+class CompletionRow(TableBase):
+    """A completion that its tenant stores: what was requested and answered, until its retention ends."""
+
+    __tablename__ = "completions"
+    __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "tenant", "user"))
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[CompletionKind] = mapped_column(_text_enum(CompletionKind))
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    adapter: Mapped[str | None] = mapped_column(ForeignKey("adapters.name"), index=True)
+    version: Mapped[str | None] = mapped_column(String(64))
+    model: Mapped[str]
+    user: Mapped[str | None]
+    labels: Mapped[dict[str, str]] = mapped_column("metadata")
+    request: Mapped[dict[str, Any]]
+    response: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+
+
+class FeedbackRow(TableBase):
+    """The rating and the correction of one answer of a stored completion, with which it is deleted.
+
+    `…_used_at` is when a correction became an example, and a rating or a correction a part of a pair; `…_file` is the
+    dataset that has it, and null if it was not valid.
+    """
+
+    __tablename__ = "feedback"
+    __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "completion", "choice", unique=True))
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"))
+    completion: Mapped[str] = mapped_column(ForeignKey("completions.id", ondelete="CASCADE"))
+    choice: Mapped[int]
+    rating: Mapped[Rating | None] = mapped_column(_text_enum(Rating))
+    correction: Mapped[str | None]
+    reason: Mapped[str | None]
+    created_at: Mapped[float]
+    updated_at: Mapped[float]
+    example_used_at: Mapped[float | None]
+    example_file: Mapped[str | None]
+    pair_used_at: Mapped[float | None]
+    pair_file: Mapped[str | None]
 
 
 class UsageRow(TableBase):

@@ -12,13 +12,17 @@ from loramill.serve.replica.tool_calls import ToolCall, ToolCallScanner
 
 
 class ChatDeltas:
-    """The choices of one answer's chunks, as JSON that is written by hand, since one is made for every token."""
+    """The choices of one answer's chunks, as JSON that is written by hand, since one is made for every token.
+
+    Attributes:
+        calls: the tool calls so far.
+    """
 
     def __init__(self, index: int, *, tools: bool, logprobs: bool) -> None:
         self._index = index
         self._scanner = ToolCallScanner() if tools else None
         self._logprobs = logprobs
-        self._calls = 0
+        self.calls: list[dict[str, Any]] = []
 
     def opening(self) -> str:
         """Returns the choice that begins the answer, with the role."""
@@ -32,7 +36,7 @@ class ChatDeltas:
             yield self._choice(delta, logprobs)
             logprobs = "null"
         if chunk.finish:
-            yield self._choice("{}", finish=json.dumps(finish_reason(chunk.finish, called=self._calls > 0)))
+            yield self._choice("{}", finish=json.dumps(finish_reason(chunk.finish, called=bool(self.calls))))
 
     def _deltas(self, chunk: TextChunk) -> list[str]:
         if self._scanner is None:
@@ -43,8 +47,8 @@ class ChatDeltas:
         return deltas or ([_content("")] if chunk.logprobs else [])
 
     def _call(self, call: ToolCall) -> str:
-        self._calls += 1
-        return json.dumps({"tool_calls": [{"index": self._calls - 1, **call_object(call)}]})
+        self.calls.append(call_object(call))
+        return json.dumps({"tool_calls": [{"index": len(self.calls) - 1, **self.calls[-1]}]})
 
     def _choice(self, delta: str, logprobs: str = "null", finish: str = "null") -> str:
         return f'{{"index":{self._index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'

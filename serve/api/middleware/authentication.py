@@ -29,6 +29,7 @@ OPEN_PATHS = docs.PATHS | {"/health", "/healthz", "/readyz"}
 _SCOPE_BY_PREFIX = (
     ("/v1/chat", KeyScope.INFERENCE),
     ("/v1/completions", KeyScope.INFERENCE),
+    ("/v1/feedback", KeyScope.INFERENCE),
     ("/v1/models", KeyScope.INFERENCE),
     ("/v1/files", KeyScope.TRAINING),
     ("/v1/fine_tuning", KeyScope.TRAINING),
@@ -104,7 +105,7 @@ def accepted_scopes(method: str, path: str) -> tuple[KeyScope, ...]:
     scope = next(
         (scope for prefix, scope in _SCOPE_BY_PREFIX if path == prefix or path.startswith(f"{prefix}/")), KeyScope.READ
     )
-    if method == "DELETE" and scope is KeyScope.INFERENCE:
+    if method == "DELETE" and path.startswith("/v1/models/"):
         scope = KeyScope.ADAPTERS  # the models that can be deleted are adapters
     if path.startswith("/v1/adapters/") and path.endswith("/data"):
         scope = KeyScope.TRAINING

@@ -18,7 +18,9 @@ from loramill.serve.api.generation.streaming import Chunks, GenerationResult, re
 from loramill.serve.api.responses import ERRORS, returns_generation
 from loramill.serve.api.schemas.completions import Completion, CompletionRequest
 from loramill.serve.api.schemas.generation import ResponseEnvelope, usage_object
+from loramill.serve.api.storage.consent import Storing, storing
 from loramill.serve.protocol import SampledToken, TextChunk, TokenText
+from loramill.types import CompletionKind
 
 router = APIRouter(tags=["inference"], responses=ERRORS)
 
@@ -37,6 +39,8 @@ async def create_completion(
     body.check_max_tokens()
     target = await find_model(gateway, caller, body.model)
     envelope = ResponseEnvelope.for_target(target, "cmpl")
+    stored_request = {"prompts": body.prompt, "n": body.n, "echo": body.echo}
+    kept = await storing(gateway, target, body, CompletionKind.TEXT, stored_request)
     prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in body.prompt]
     requests = [
         body.text_request(
@@ -53,24 +57,29 @@ async def create_completion(
     count = len(requests)
     admission = admitted(gateway, caller, target, requests, body.n)
     if body.stream:
-        return await respond_streaming(request, admission, lambda chunks: _chunk_texts(body, envelope, count, chunks))
+        return await respond_streaming(
+            request, admission, lambda chunks: _chunk_texts(body, envelope, count, chunks, kept)
+        )
     return await respond_complete(
-        request, admission, count, lambda results: _completion_object(body, envelope, results)
+        request, admission, count, lambda results: _completion_object(body, envelope, results, kept)
     )
 
 
 def _completion_object(
-    body: CompletionRequest, envelope: ResponseEnvelope, answers: list[GenerationResult]
+    body: CompletionRequest, envelope: ResponseEnvelope, answers: list[GenerationResult], kept: Storing | None
 ) -> dict[str, Any]:
     choices = [
         _choice(index, answer.text, answer.finish, _logprobs(body, answer.logprobs, TextOffsets(), len(answer.text)))
         for index, answer in enumerate(answers)
     ]
-    return envelope.object("text_completion", choices, usage=usage_object(answers, body.n))
+    response = envelope.object("text_completion", choices, usage=usage_object(answers, body.n))
+    if kept is not None:
+        kept.keep(response)
+    return response
 
 
 async def _chunk_texts(
-    body: CompletionRequest, envelope: ResponseEnvelope, count: int, chunks: Chunks
+    body: CompletionRequest, envelope: ResponseEnvelope, count: int, chunks: Chunks, kept: Storing | None
 ) -> AsyncGenerator[str, None]:
     template = envelope.chunk_template("text_completion", body)
     answers, offsets = [GenerationResult() for _ in range(count)], [TextOffsets() for _ in range(count)]
@@ -80,6 +89,9 @@ async def _chunk_texts(
         end = len(answers[index].text) if chunk.finish else None
         logprobs = _logprobs(body, chunk.logprobs, offsets[index], end)
         yield template.render(_choice_json(index, chunk, logprobs), chunk)
+    if kept is not None:
+        choices = [_choice(index, answer.text, answer.finish, None) for index, answer in enumerate(answers)]
+        kept.keep(envelope.object("text_completion", choices, usage=usage_object(answers, body.n)))
     if body.include_usage:
         yield json.dumps(envelope.object("text_completion", [], usage=usage_object(answers, body.n)))
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 from sqlalchemy.orm import Session
 
-from loramill.errors import InvalidRequest
 from loramill.registry import datasets, jobs
 from loramill.registry.jobs import checkpoints, history
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
@@ -27,24 +24,13 @@ from loramill.serve.api.schemas.jobs import (
     event_object,
     job_object,
 )
+from loramill.serve.api.schemas.metadata_query import MetadataQuery, query_parameters, read_query
 from loramill.submission.submit import check_request, queue
 from loramill.types import JobRecord
 
 router = APIRouter(tags=["jobs"], responses=ERRORS)
 
 JOBS_PATH = "/v1/fine_tuning/jobs"
-
-_METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
-#: Metadata keys that jobs can be listed by: SQLite's JSON paths cannot express others.
-_METADATA_KEY = r"^[ !#-\[\]-~]*$"
-
-
-class JobListQuery(ListQuery):
-    """The query of the list of jobs. `metadata[key]=value` pairs are read into one mapping."""
-
-    metadata: dict[Annotated[str, StringConstraints(pattern=_METADATA_KEY)], str] = Field(
-        default={}, description="Pairs that jobs must have.", json_schema_extra={"additionalProperties": False}
-    )
 
 
 class EventListQuery(ListQuery):
@@ -55,24 +41,8 @@ class EventListQuery(ListQuery):
     )
 
 
-async def _job_list_query(request: Request) -> JobListQuery:
-    fields: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
-    for name, value in request.query_params.items():
-        found = _METADATA.fullmatch(name)
-        if found is None:
-            fields[name] = value
-        elif not re.fullmatch(_METADATA_KEY, found[1]):
-            raise InvalidRequest(
-                "Jobs can only be listed by metadata keys of printable ASCII without quotes.", param=name
-            )
-        else:
-            metadata[found[1]] = value
-    try:
-        return JobListQuery.model_validate(fields | ({"metadata": metadata} if metadata else {}))
-    except ValidationError as error:
-        problems = [{**problem, "loc": ("query", *problem["loc"])} for problem in error.errors()]
-        raise RequestValidationError(problems) from error
+async def _job_list_query(request: Request) -> MetadataQuery:
+    return read_query(request, MetadataQuery, "Jobs")
 
 
 @router.post(JOBS_PATH, summary="Create a job", responses=returns(Job))
@@ -85,19 +55,14 @@ def create_job(body: NewJob, gateway: GatewayDep, caller: CallerDep) -> dict[str
         return job_object(queue(session, checked, caller.submitter), gateway.base, checked.examples)
 
 
-#: FastAPI does not see the parameters that a function reads from the query itself.
-_LIST_PARAMETERS = {
-    "parameters": [
-        {"name": name, "in": "query", "description": schema["description"], "schema": schema}
-        | ({"style": "deepObject"} if name == "metadata" else {})
-        for name, schema in JobListQuery.model_json_schema()["properties"].items()
-    ]
-}
-
-
-@router.get(JOBS_PATH, openapi_extra=_LIST_PARAMETERS, summary="List jobs", responses=returns(ListObject[Job]))
+@router.get(
+    JOBS_PATH,
+    openapi_extra=query_parameters(MetadataQuery),
+    summary="List jobs",
+    responses=returns(ListObject[Job]),
+)
 def list_jobs(
-    query: Annotated[JobListQuery, Depends(_job_list_query)], gateway: GatewayDep, caller: CallerDep
+    query: Annotated[MetadataQuery, Depends(_job_list_query)], gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
     """Lists the caller's jobs, newest first. Filters by metadata must all match."""
     with gateway.registry.reading() as session:

@@ -26,10 +26,11 @@ from loramill.serve.api.schemas.tenants import (
     NewTenantRequest,
     NewTenantsRequest,
     RevokedKey,
+    StorageRequest,
     Tenant,
     TenantTerms,
 )
-from loramill.types import KeyRecord, Limits, Scope, TenantRecord
+from loramill.types import CompletionStorage, KeyRecord, Limits, Scope, TenantRecord
 
 router = APIRouter(tags=["tenants"], responses=ERRORS)
 
@@ -124,6 +125,25 @@ def set_limits(tenant: TenantPath, body: LimitsRequest, gateway: GatewayDep, cal
         return _tenant_object(changed, tenants.job_counts(session))
 
 
+@router.post("/v1/tenants/{tenant}/storage", summary="Set a tenant's storage", responses=returns(Tenant))
+def set_storage(tenant: TenantPath, body: StorageRequest, gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
+    """Records whether a tenant consents to storing completions, and for how long; applied within a second.
+
+    Without consent, no further completion is stored, and nightly runs use no feedback. What is stored already stays
+    until its retention ends or it is deleted.
+    """
+    caller.check_admin()
+    with gateway.registry.writing() as session:
+        now = tenants.get(session, tenant)
+        storage = CompletionStorage(
+            store_completions=now.store_completions if body.store_completions is None else body.store_completions,
+            completion_days=_resolve_days(body.completion_days, now.completion_days),
+        )
+        changed = tenants.set_storage(session, tenant, storage)
+        record_change(session, caller, "tenant.storage", tenant, tenant, **storage.model_dump())
+        return _tenant_object(changed, tenants.job_counts(session))
+
+
 @router.post("/v1/tenants/{tenant}/keys", summary="Create an API key", responses=returns(CreatedKey))
 def create_key(
     tenant: TenantPath, gateway: GatewayDep, caller: CallerDep, body: NewKeyRequest | None = None
@@ -184,6 +204,12 @@ def _resolve_quota(requested: int | Literal["unlimited"] | None, current: int | 
     if requested is None:
         return current
     return None if requested == "unlimited" else requested
+
+
+def _resolve_days(requested: float | Literal["default"] | None, current: float | None) -> float | None:
+    if requested is None:
+        return current
+    return None if requested == "default" else requested
 
 
 def _tenant_object(record: TenantRecord, load: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

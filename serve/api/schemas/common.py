@@ -115,6 +115,17 @@ def _schema_or(schema: JsonSchemaValue, alternative: JsonSchemaValue) -> JsonSch
     return schema if alternative in schema["anyOf"] else schema | {"anyOf": [*schema["anyOf"], alternative]}
 
 
+def without_nul(text: str) -> str:
+    """Returns a text that a database can store.
+
+    Raises:
+        ValueError: it contains NUL.
+    """
+    if "\x00" in text:
+        raise ValueError("must not contain NUL")
+    return text
+
+
 class ListQuery(BaseModel):
     """The query of a list. Unknown filters are errors, since ignoring one would return too much."""
 

@@ -56,10 +56,7 @@ class GenerationRequest(RequestBody):
     `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos` extend OpenAI's API as in vLLM.
     """
 
-    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "store": (False,),
-        "service_tier": ("auto", "default"),
-    }
+    no_op_values: ClassVar[Mapping[str, Sequence[Any]]] = {"service_tier": ("auto", "default")}
     model: NonEmptyText = Field(description="The base, `tenant/adapter` or `tenant/adapter@version`.")
     max_tokens: MaxTokens = None
     temperature: Temperature = 1.0
@@ -89,8 +86,16 @@ class GenerationRequest(RequestBody):
     ignore_eos: bool = Field(default=False, description="Continue the answer after an end-of-sequence token.")
     stream: bool = Field(default=False, description="Return server-sent events.")
     stream_options: StreamOptions | None = Field(default=None, description="Options of a stream.")
-    user: str | None = Field(default=None, description="Accepted for compatibility, and ignored.")
-    metadata: Metadata | None = Field(default=None, description="Accepted for compatibility, and ignored.")
+    store: bool = Field(
+        default=False,
+        description="Store the completion, for the tenant's retention time. Refused if the tenant has not consented.",
+    )
+    user: str | None = Field(
+        default=None, description="Your user. With `store`, all that is stored of a user can be deleted."
+    )
+    metadata: Metadata | None = Field(
+        default=None, description="Up to 16 pairs of strings, by which stored completions can be listed."
+    )
 
     @field_validator("stop", mode="before", json_schema_input_type=NonEmptyText | list[NonEmptyText])
     @classmethod

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST, Bytes, Quota, Rate, Tokens
+from loramill.client.tenant_list import MAX_TENANTS_PER_REQUEST, Bytes, CompletionDays, Quota, Rate, Tokens
 from loramill.serve.api.schemas.common import ALL_FIELDS, Deleted, ListQuery, ObjectType, RequestBody
 from loramill.types import AuditRecord, DeletionSummary, KeyRecord, Scope, TenantRecord, UsageRecord
 
@@ -42,6 +42,20 @@ class LimitsRequest(RequestBody):
     tokens_per_minute: Tokens = _change("tokens_per_minute")
     concurrent_requests: Rate = _change("concurrent_requests")
     stored_bytes: Bytes = _change("stored_bytes", ", in bytes")
+
+
+class StorageRequest(RequestBody):
+    """Whether a tenant's completions may be stored, and for how long. What is not given stays as it is."""
+
+    store_completions: bool | None = Field(
+        default=None,
+        description=f"{TenantRecord.model_fields['store_completions'].description} Default: unchanged.",
+    )
+    completion_days: CompletionDays = Field(
+        default=None,
+        description='Days for which its completions are stored, or "default": the setting `completion_days`. Default: '
+        "unchanged.",
+    )
 
 
 class TenantTerms(NewTenantRequest, FairShareRequest, LimitsRequest):

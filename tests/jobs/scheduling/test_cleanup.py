@@ -18,7 +18,15 @@ from loramill.jobs.scheduling.cleanup import (
 )
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, deletion, jobs, tenants
-from loramill.types import JobSpec, RetentionPolicy, VersionRecord
+from loramill.registry.feedback import completions
+from loramill.types import (
+    CompletionKind,
+    CompletionRecord,
+    CompletionStorage,
+    JobSpec,
+    RetentionPolicy,
+    VersionRecord,
+)
 
 from ...databases import create_sqlite_database
 
@@ -129,3 +137,21 @@ def test_old_versions_are_removed_and_their_files_an_hour_later(registry: Regist
         assert {each.id for each in adapters.list_versions(session, name)} == {versions[0], versions[2]}
     assert not (tmp_path / "artifacts" / versions[1][:2] / versions[1]).exists()
     assert registry.artifacts.fetch(versions[0]) and registry.artifacts.fetch(versions[2])
+
+
+def test_stored_completions_are_removed_after_their_days(registry: Registry, tmp_path: Path) -> None:
+    fields = {
+        "kind": CompletionKind.TEXT,
+        "tenant": "acme",
+        "adapter": None,
+        "version": None,
+        "model": "tiny",
+        "request": {},
+        "response": {},
+    }
+    with registry.writing() as session:
+        tenants.set_storage(session, "acme", CompletionStorage(store_completions=True))
+        old_and_new = [CompletionRecord(id=f"cmpl-{at:g}", created_at=at * DAY, **fields) for at in (1.0, 29.0)]
+        assert completions.add_many(session, old_and_new) == 2
+    assert clean_up(registry, tmp_path / "none", OFF, now=31.5 * DAY) == 1
+    assert clean_up(registry, tmp_path / "none", OFF, now=31.5 * DAY, completion_days=2) == 1

@@ -24,10 +24,11 @@ from schemathesis.core.failures import Failure, FailureGroup
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
 from loramill.names import AdapterName
-from loramill.registry import adapters, datasets, jobs
+from loramill.registry import adapters, datasets, jobs, tenants
+from loramill.registry.feedback import completions
 from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.submission.dataset_checks import DATA_FILE
-from loramill.types import JobSpec, VersionRecord
+from loramill.types import CompletionKind, CompletionRecord, CompletionStorage, JobSpec, VersionRecord
 
 from .routes.adapters.test_adapter_imports import form
 
@@ -35,6 +36,8 @@ Json = dict[str, Any]
 
 #: Requests of each kind (allowed, forbidden) that are drawn at random for an operation, besides the systematic ones.
 DRAWN = 4
+#: Deletions of what later requests need.
+SPARED = ("DELETE /v1/a", "DELETE /v1/c", "DELETE /v1/m", "DELETE /v1/t")
 #: Values that mean false where a boolean may be absent (0 is not one, although it equals False).
 ABSENT: tuple[Any, ...] = (None, False)
 
@@ -53,10 +56,15 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "POST /v1/adapters/{tenant}/{adapter}/promote": {"json": {"version": "previous"}},
     "POST /v1/adapters/{tenant}/{adapter}/rollback": {},
     "POST /v1/adapters/{tenant}/{adapter}/retention": {"json": {"retention": {"version_days": 1.5}}},
+    "POST /v1/chat/completions/{completion_id}": {"json": {"metadata": {"a": "b"}}},
+    "POST /v1/tenants/{tenant}/storage": {"json": {"store_completions": True, "completion_days": "default"}},
     "POST /v1/tenants": {"json": {"name": "described"}},
     "POST /v1/tenants/batch": {"json": {"tenants": [{"name": "listed", "weight": 2}], "keys": True}},
     "POST /v1/tenants/{tenant}/share": {"json": {"weight": 2.0, "max_queued": "unlimited"}},
     "POST /v1/tenants/{tenant}/limits": {"json": {"requests_per_minute": 1000, "stored_bytes": "unlimited"}},
+    "DELETE /v1/feedback/{completion_id}": {},
+    "DELETE /v1/chat/completions/{completion_id}": {},
+    "DELETE /v1/feedback": {"params": {"user": "ann"}},
     "DELETE /v1/adapters/{tenant}/{adapter}/versions/{version}": {"params": {"force": "true"}},
     "DELETE /v1/models/{model}": {},
     "DELETE /v1/adapters/{tenant}/{adapter}": {"params": {"cancel_jobs": "true"}},
@@ -69,6 +77,35 @@ def operations(description: Json) -> Iterator[tuple[str, Json]]:
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
             yield f"{method.upper()} {path}", operation
+
+
+def stored(tenant: str, kind: CompletionKind) -> CompletionRecord:
+    """A stored completion."""
+    chat = kind is CompletionKind.CHAT
+    message = {"role": "assistant", "content": "hello", "refusal": None}
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+    response = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{tenant}",
+        "object": str(kind),
+        "created": 1,
+        "model": "tiny",
+        "system_fingerprint": "f",
+        "choices": [choice | ({"message": message} if chat else {"text": "hello"})],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+    }
+    request = {"messages": CHAT["messages"], "tools": []} if chat else {"prompts": ["hi"], "n": 1, "echo": False}
+    return CompletionRecord(
+        id=response["id"],
+        kind=kind,
+        tenant=tenant,
+        adapter=None,
+        version=None,
+        model="tiny",
+        user="ann",
+        request=request,
+        response=response,
+        created_at=1e9,
+    )
 
 
 @pytest.fixture
@@ -86,10 +123,14 @@ def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
             made = {"id": version, "adapter": str(name), "base": spec.base, "bytes": 1, "created_at": time.time()}
             adapters.add_version(session, VersionRecord(**made, job=None))
             adapters.promote(session, name, version, "to have a previous one")
+        tenants.set_storage(session, tenant, CompletionStorage(store_completions=True))
+        completions.add_many(session, [stored(tenant, CompletionKind.CHAT), stored(tenant, CompletionKind.TEXT)])
     return {
         "tenant": [tenant],
         "adapter": [name.adapter],
         "model": ["tiny", f"{name}@previous"],
+        "completion_id": [f"chatcmpl-{tenant}"],
+        "text_completion_id": [f"cmpl-{tenant}"],
         "file_id": [free, used, f"file-results-{job}"],
         "training_file": [used],
         "file": ["a.bin"],
@@ -132,7 +173,7 @@ def test_everything_is_described(description: dict[str, Any]) -> None:
 
 def test_values_without_effect_are_described(description: dict[str, Any]) -> None:
     properties = description["components"]["schemas"]["ChatRequest"]["properties"]
-    assert properties["store"]["anyOf"] == [{"enum": [False, None]}]
+    assert properties["service_tier"]["anyOf"] == [{"enum": ["auto", "default", None]}]
     assert properties["seed"]["anyOf"][-1] == properties["temperature"]["anyOf"][-1] == {"type": "null"}
     assert properties["temperature"]["default"] == 1.0
 
@@ -148,6 +189,7 @@ def test_every_operation_answers_as_described(
         )
         key = http.post(f"/v1/tenants/{tenant}/keys").json()["id"]
         valid_requests = REQUESTS | {
+            "POST /v1/feedback": {"json": {"completion_id": known["completion_id"][0], "rating": 1}},
             "POST /v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("new.jsonl", jsonl(9))}},
             "POST /v1/files/check": {"files": {"file": ("new.jsonl", jsonl(12))}},
             "POST /v1/fine_tuning/jobs": {"json": job},
@@ -310,10 +352,11 @@ def narrowed(description: dict[str, Any], known: dict[str, list[Any]]) -> dict[s
     for name, operation in operations(description):
         for parameter in operation.get("parameters", ()):
             # Data may be given to an adapter that isn't there yet, and nothing is deleted that later requests need.
-            spared = name.endswith("/data") or name.startswith(("DELETE /v1/a", "DELETE /v1/m", "DELETE /v1/t"))
+            spared = name.endswith("/data") or name.startswith(SPARED)
             if parameter.get("name") in known and not spared:
                 parameter["schema"] = {"enum": known[parameter["name"]]}
-    for body in ("ChatRequest", "CompletionRequest", "NewJob", "NewDataRequest", "PromotionRequest"):
+    bodies = ("ChatRequest", "CompletionRequest", "FeedbackRequest", "NewJob", "NewDataRequest", "PromotionRequest")
+    for body in bodies:
         properties = description["components"]["schemas"][body]["properties"]
         for name in known.keys() & properties.keys():
             properties[name] = {"enum": known[name]}

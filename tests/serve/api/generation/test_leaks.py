@@ -22,6 +22,7 @@ class Names:
     file: str
     job: str
     key: str
+    completion: str
 
 
 @pytest.fixture
@@ -32,7 +33,12 @@ def theirs(site: Any, other: str, jsonl: Any) -> Names:
     with site.http(secret) as http:
         file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", jsonl(5))}).json()["id"]
         job = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
-    return Names(other, "support", version, file, job, key.id)
+        hello = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "store": True, "user": "ann"}
+        with site.http(site.admin_key) as admin:
+            admin.post(f"/v1/tenants/{other}/storage", json={"store_completions": True})
+        completion = http.post("/v1/chat/completions", json=hello).json()["id"]
+        http.post("/v1/feedback", json={"completion_id": completion, "correction": "their correction"})
+    return Names(other, "support", version, file, job, key.id, completion)
 
 
 @pytest.fixture
@@ -50,6 +56,7 @@ def unknown(theirs: Names) -> Names:
         turned(theirs.file),
         turned(theirs.job),
         turned(theirs.key),
+        turned(theirs.completion),
     )
 
 
@@ -93,9 +100,17 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         *(("POST", f"{own}/{verb}", {"json": {"version": it.version}}) for verb in ("promote", "pin", "warm")),
         ("GET", f"{own}/files", {"params": {"version": it.version}}),
         ("GET", f"{own}/files/adapter_config.json", {"params": {"version": it.version}}),
+        *((verb, f"/v1/chat/completions/{it.completion}", {}) for verb in ("GET", "DELETE")),
+        ("GET", f"/v1/chat/completions/{it.completion}/messages", {}),
+        ("POST", f"/v1/chat/completions/{it.completion}", {"json": {"metadata": {"a": "b"}}}),
+        *((verb, f"/v1/completions/{it.completion}", {}) for verb in ("GET", "DELETE")),
+        *(("GET", path, {"params": {"after": it.completion}}) for path in ("/v1/chat/completions", "/v1/completions")),
+        ("GET", "/v1/feedback", {"params": {"after": it.completion}}),
+        ("POST", "/v1/feedback", {"json": {"completion_id": it.completion, "rating": "bad"}}),
+        ("DELETE", f"/v1/feedback/{it.completion}", {}),
         ("GET", f"/v1/tenants/{it.tenant}", {}),
         ("GET", f"/v1/tenants/{it.tenant}/keys", {}),
-        *(("POST", f"/v1/tenants/{it.tenant}/{what}", {"json": {}}) for what in ("share", "limits", "keys")),
+        *(("POST", f"/v1/tenants/{it.tenant}/{what}", {"json": {}}) for what in ("share", "limits", "storage", "keys")),
         ("POST", "/v1/tenants", {"json": {"name": it.tenant}}),
         ("DELETE", f"/v1/tenants/{it.tenant}", {"params": {"cancel_jobs": "true"}}),
         ("DELETE", f"/v1/keys/{it.key}", {}),
@@ -145,6 +160,8 @@ def test_requests_for_anothers_objects_change_nothing(
             f"/v1/tenants/{theirs.tenant}",
             f"/v1/tenants/{theirs.tenant}/keys",
             f"/v1/files/{theirs.file}",
+            f"/v1/chat/completions/{theirs.completion}",
+            "/v1/feedback",
         ]
         before = [admin.get(path).text for path in paths]
         site.publish(f"{tenant}/a", f"{tenant} one")
@@ -160,3 +177,17 @@ def test_a_key_without_the_scope_learns_nothing_either(site: Any, tenant: str, t
         for it in (theirs, unknown):
             answer = http.get(f"/v1/files/{it.file}")
             assert answer.status_code == 403 and "scope" in answer.json()["error"]["message"]
+
+
+def test_a_tenant_sees_and_deletes_no_completion_or_feedback_of_another(
+    site: Any, http: httpx.Client, tenant: str, theirs: Names
+) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/feedback?texts=true"):
+        answer = http.get(path)
+        assert (answer.status_code, answer.json()["data"]) == (200, []), path
+    for query in (f"adapter={theirs.tenant}/support", "user=ann"):
+        assert http.get(f"/v1/feedback?{query}").json()["data"] == []
+    assert http.delete("/v1/feedback?user=ann").json()["completions"] == 0
+    with site.http(site.key(theirs.tenant)) as own:
+        assert own.get(f"/v1/chat/completions/{theirs.completion}").status_code == 200
+        assert [row["correction"] for row in own.get("/v1/feedback").json()["data"]] == ["their correction"]

@@ -80,7 +80,6 @@ CHAT_REFUSED = {
     "prompt_cache_retention": "24h",
     "reasoning_effort": "low",
     "service_tier": "flex",
-    "store": True,
     "verbosity": "low",
     "web_search_options": {},
 }

@@ -83,6 +83,18 @@ def _pruning(stage: Stage) -> httpx.Response:
     return stage.own.post("/v1/adapters/prune")
 
 
+def _storing(stage: Stage, prompt: dict[str, Any] | None = None) -> str:
+    """Stores a completion; returns its ID."""
+    stage.admin.post(f"/v1/tenants/{stage.tenant}/storage", json={"store_completions": True})
+    path = "/v1/chat/completions" if prompt is None else "/v1/completions"
+    body = {"model": "tiny", "store": True, **({"messages": HELLO} if prompt is None else prompt)}
+    return str(stage.own.post(path, json=body).json()["id"])
+
+
+def _rating(stage: Stage, completion: str) -> httpx.Response:
+    return stage.own.post("/v1/feedback", json={"completion_id": completion, "rating": "good"})
+
+
 #: How each endpoint is called, its action in the audit, and whether an admin calls it.
 CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/tenants": (lambda s: s.admin.post("/v1/tenants", json={"name": f"{s.tenant}-b"}), "tenant.create", True),
@@ -100,6 +112,33 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
         lambda s: s.admin.post(f"/v1/tenants/{s.tenant}/limits", json={"stored_bytes": 10**9}),
         "tenant.limits",
         True,
+    ),
+    "POST /v1/tenants/*/storage": (
+        lambda s: s.admin.post(f"/v1/tenants/{s.tenant}/storage", json={"store_completions": True}),
+        "tenant.storage",
+        True,
+    ),
+    "POST /v1/chat/completions/*": (
+        lambda s: s.own.post(f"/v1/chat/completions/{_storing(s)}", json={"metadata": {"a": "b"}}),
+        "completion.update",
+        False,
+    ),
+    "DELETE /v1/chat/completions/*": (
+        lambda s: s.own.delete(f"/v1/chat/completions/{_storing(s)}"),
+        "completion.delete",
+        False,
+    ),
+    "DELETE /v1/completions/*": (
+        lambda s: s.own.delete(f"/v1/completions/{_storing(s, {'prompt': 'hi'})}"),
+        "completion.delete",
+        False,
+    ),
+    "POST /v1/feedback": (lambda s: _rating(s, _storing(s)), "feedback.give", False),
+    "DELETE /v1/feedback": (lambda s: s.own.delete("/v1/feedback?user=ann"), "feedback.delete_user", False),
+    "DELETE /v1/feedback/*": (
+        lambda s: s.own.delete(f"/v1/feedback/{_rating(s, _storing(s)).json()['completion_id']}"),
+        "feedback.delete",
+        False,
     ),
     "POST /v1/tenants/*/keys": (lambda s: s.admin.post(f"/v1/tenants/{s.tenant}/keys"), "key.create", True),
     "DELETE /v1/keys/*": (lambda s: s.admin.delete(f"/v1/keys/{s.key}"), "key.revoke", True),

@@ -210,7 +210,7 @@ def test_models_are_the_base_and_own_champions(
         ({"presence_penalty": 2.5}, "presence_penalty", "invalid_request"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_request"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_request"),
-        ({"store": True}, "store", "unsupported_parameter"),
+        ({"store": True}, "store", "invalid_request"),
         ({"extra_body": {"wibble": 1}}, "wibble", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_request"),
         ({"temperature": "hot"}, "temperature", "invalid_request"),

@@ -1,0 +1,1 @@
+"""Stored completions, and the ratings and corrections of their answers."""
