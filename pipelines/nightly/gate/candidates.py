@@ -60,6 +60,7 @@ class SliceEvidence(FrozenModel):
         against: the candidate that it is compared with.
         gain: the mean difference of their scores.
         low, high: the interval of the gain, of the policy's confidence.
+        bound: what the gain is above with this confidence.
         wins, losses: examples on which the challenger scores higher, and lower.
         p_better, p_worse: the probability of at least this gain, or loss, if the two were equally good.
     """
@@ -70,6 +71,7 @@ class SliceEvidence(FrozenModel):
     gain: float
     low: float
     high: float
+    bound: float
     wins: int
     losses: int
     p_better: float

@@ -8,9 +8,9 @@ A challenger is promoted if all of this holds:
 - On the old examples together it is not inferior: their mean loss is within `max_loss`, and so is the bound that the
   loss is below with this confidence.
 - No slice, old or new, shows a loss. There are many slices, so their p-values are corrected by Holm's method; a weak
-  sign (`SUSPICION`) is enough to hold, since a wrong hold costs one night.
+  sign (`SUSPICION`) is enough to hold, since a wrong hold costs one nightly run.
 - Against the version before the champion it does not lose more than `max_loss` either, so that small losses of several
-  nights do not add up.
+  nightly runs do not add up.
 - It is better than the base; a first version, which has no champion to beat, with this confidence.
 
 Small sets: five examples are the fewest that can show a gain at 95% (2^-5 = 0.03), with five wins and no loss. Ten old
@@ -23,7 +23,7 @@ The decision is monotone: a higher score of the challenger never turns "promote"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 from loramill.pipelines.nightly.definition.promotion import GateDefinition
@@ -76,25 +76,26 @@ def decide(
         findings = [_golden(golden, policy), _base_of_first(base, policy)]
         promote = f"first version, and {reasons.gain(base, policy)}"
         return _decision(findings, promote, [base])
-    groups = {kind: _together(slices, kind, policy) for kind in ("old", "new")}
-    evidence = [compare(part.name, "champion", part.examples, policy) for part in slices if part.examples]
-    evidence += [each for each in groups.values() if each is not None and each.name not in {e.name for e in evidence}]
+    evidence = {part.name: compare(part.name, "champion", part.examples, policy) for part in slices if part.examples}
+    old, new = (_together(slices, kind, evidence, policy) for kind in ("old", "new"))
+    evidence |= {each.name: each for each in (old, new) if each is not None}
     findings = [
         _golden(golden, policy),
-        *_harm(evidence, policy),
-        *_inferior(groups["old"], distinct(slices, "old"), policy),
+        *_harm(list(evidence.values()), policy),
+        _inferior(old, policy),
         _drift(distinct(slices, "old"), policy),
         _base(base, policy),
-        _gain(groups["new"], policy),
+        _gain(new, policy),
     ]
-    promote = reasons.promotion(groups["new"], groups["old"], policy) if groups["new"] else ""
-    return _decision(findings, promote, [*evidence, base])
+    promote = reasons.promotion(new, old, policy) if new else ""
+    return _decision(findings, promote, [*evidence.values(), base])
 
 
 def compare(name: str, against: str, examples: Sequence[PairedScores], policy: GateDefinition) -> SliceEvidence:
     """What these examples show about the challenger against another candidate, which all of them must have."""
     differences = [each.challenger - getattr(each, against) for each in examples]
-    low, high = interval(bootstrap_means(differences), policy.confidence)
+    means = bootstrap_means(differences)
+    low, high = interval(means, policy.confidence)
     return SliceEvidence(
         name=name,
         against=against,
@@ -102,6 +103,7 @@ def compare(name: str, against: str, examples: Sequence[PairedScores], policy: G
         gain=sum(sorted(differences)) / len(differences),
         low=low,
         high=high,
+        bound=lower_bound(means, policy.confidence),
         wins=sum(each > 0 for each in differences),
         losses=sum(each < 0 for each in differences),
         p_better=randomization_test(differences),
@@ -118,11 +120,14 @@ def _decision(findings: Sequence[_Finding | None], promote: str, evidence: Seque
     return GateDecision(verdict=verdict, reason=reason, evidence=tuple(evidence))
 
 
-def _together(slices: Sequence[PairedSlice], kind: SliceKind, policy: GateDefinition) -> SliceEvidence | None:
+def _together(
+    slices: Sequence[PairedSlice], kind: SliceKind, evidence: Mapping[str, SliceEvidence], policy: GateDefinition
+) -> SliceEvidence | None:
     """The comparison with the champion on all examples of a kind; that of the slice if there is only one."""
     parts = [part for part in slices if part.kind == kind and part.examples]
-    name = parts[0].name if len(parts) == 1 else f"all {kind} examples"
-    return compare(name, "champion", distinct(parts, kind), policy) if parts else None
+    if len(parts) == 1:
+        return evidence[parts[0].name]
+    return compare(f"all {kind} examples", "champion", distinct(parts, kind), policy) if parts else None
 
 
 def _golden(golden: Sequence[GoldenScore], policy: GateDefinition) -> _Finding | None:
@@ -146,23 +151,21 @@ def _harm(evidence: Sequence[SliceEvidence], policy: GateDefinition) -> list[_Fi
     ]
 
 
-def _inferior(old: SliceEvidence | None, examples: Sequence[PairedScores], policy: GateDefinition) -> list[_Finding]:
+def _inferior(old: SliceEvidence | None, policy: GateDefinition) -> _Finding | None:
     """Whether a loss on the old examples cannot be excluded."""
     if old is None:
-        return []
+        return None
     if old.gain < -policy.max_loss - _ROUNDING:
-        return [(_HOLD, reasons.observed_loss(old, policy))]
-    bound = lower_bound(
-        bootstrap_means([each.challenger - (each.champion or 0.0) for each in examples]), policy.confidence
-    )
+        return _HOLD, reasons.observed_loss(old, policy)
     chance = NormalDist().inv_cdf(policy.confidence) * (CHURN / old.examples) ** 0.5
-    if bound < -max(policy.max_loss, chance) - _ROUNDING:
-        return [(_HOLD, reasons.possible_loss(old, -bound, policy))]
-    return []
+    limit = max(policy.max_loss, chance)
+    if old.bound < -limit - _ROUNDING:
+        return _HOLD, reasons.possible_loss(old, limit)
+    return None
 
 
 def _drift(old: Sequence[PairedScores], policy: GateDefinition) -> _Finding | None:
-    """Whether the losses of several nights have added up."""
+    """Whether the losses of several nightly runs have added up."""
     known = [each for each in old if each.previous is not None]
     if not known:
         return None

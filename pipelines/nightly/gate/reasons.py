@@ -26,7 +26,7 @@ def gain(found: SliceEvidence, policy: GateDefinition) -> str:
     kind = "new example" if found.against == "champion" else "held-out example"
     return (
         f"it gains {found.gain:.3f} over the {found.against} on {counted(found.examples, kind)} "
-        f"({policy.confidence:.0%} interval {found.low:+.3f} to {found.high:+.3f}, p = {_probability(found.p_better)})"
+        f"({policy.confidence:.0%} interval {found.low:+.3f} to {found.high:+.3f}, {_probability(found.p_better)})"
     )
 
 
@@ -45,12 +45,12 @@ def no_gain(found: SliceEvidence, policy: GateDefinition) -> str:
     few = f"; at least {least} held-out examples are needed" if found.examples < least else ""
     return (
         f"its gain of {found.gain:.3f} over the {found.against} may be chance: it is better on {found.wins} and worse "
-        f"on {found.losses} of {examples} (p = {_probability(found.p_better)}, at most {level:.2g} is accepted){few}"
+        f"on {found.losses} of {examples} ({_probability(found.p_better)}, at most {level:.2g} is accepted){few}"
     )
 
 
 def small_gain(found: SliceEvidence, policy: GateDefinition) -> str:
-    """Why a gain that is no accident is not enough."""
+    """Why a gain that is not due to chance is not enough."""
     gained, least = _distinct(found.gain, policy.min_gain)
     return f"it gains only {gained} over the {found.against}; at least {least} is required"
 
@@ -60,7 +60,7 @@ def harm(found: SliceEvidence, corrected: float, policy: GateDefinition) -> str:
     lost, limit = _distinct(-found.gain, policy.max_loss)
     return (
         f"it loses {lost} on the slice '{found.name}', worse on {found.losses} and better on {found.wins} of "
-        f"{counted(found.examples, 'example')} (p = {_probability(corrected)}); at most {limit} is allowed"
+        f"{counted(found.examples, 'example')} ({_probability(corrected)}); at most {limit} is allowed"
     )
 
 
@@ -70,16 +70,17 @@ def observed_loss(old: SliceEvidence, policy: GateDefinition) -> str:
     return f"it loses {lost} on {counted(old.examples, 'old example')}; at most {limit} is allowed"
 
 
-def possible_loss(old: SliceEvidence, possible: float, policy: GateDefinition) -> str:
+def possible_loss(old: SliceEvidence, limit: float) -> str:
     """A loss on the old examples that cannot be excluded."""
+    possible, allowed = _distinct(-old.bound, limit)
     return (
-        f"it may lose up to {possible:.3f} on old examples: on {old.examples} of them it {_change(old)}, better on "
-        f"{old.wins} and worse on {old.losses}; at most {policy.max_loss:.3f} is allowed"
+        f"it may lose up to {possible} on old examples: on {old.examples} of them it {_change(old)}, better on "
+        f"{old.wins} and worse on {old.losses}; at most {allowed} is allowed"
     )
 
 
 def drift(found: SliceEvidence, policy: GateDefinition) -> str:
-    """Small losses of several nights that have added up."""
+    """Small losses of several nightly runs that have added up."""
     lost, limit = _distinct(-found.gain, policy.max_loss)
     return f"it loses {lost} on old examples against the version before the champion; at most {limit} is allowed"
 
@@ -109,7 +110,7 @@ def _change(found: SliceEvidence) -> str:
 
 
 def _probability(p_value: float) -> str:
-    return "below 0.001" if p_value < 1e-3 else f"{p_value:.2g}"
+    return "p < 0.001" if p_value < 1e-3 else f"p = {p_value:.2g}"
 
 
 def _distinct(value: float, other: float) -> tuple[str, str]:

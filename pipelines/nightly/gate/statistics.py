@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 #: Resamples of the bootstrap. The bounds of 95% then vary by about 0.05 standard errors with the seed.
 RESAMPLES, SEED = 2000, 0
-#: The exact test counts differences in thousandths, or in coarser units where their sum exceeds this many.
-_UNIT, _MAX_UNITS = 1e-3, 100_000
+#: The exact test counts differences in hundredths, or in coarser units where their sum exceeds this many. With 200
+#: examples of which all differ it takes 3 ms; in thousandths, 27 ms.
+_UNIT, _MAX_UNITS = 0.01, 100_000
 #: Random numbers that the bootstrap holds at once: 32 MB.
 _CHUNK = 4_000_000
 
@@ -35,7 +36,7 @@ def bootstrap_means(differences: Sequence[float]) -> Floats:
     chunk = max(1, _CHUNK // size)
     draw = np.random.default_rng(SEED)
     means = [
-        ordered[draw.integers(0, size, (min(chunk, RESAMPLES - done), size))].mean(axis=1)
+        ordered[draw.integers(0, size, (min(chunk, RESAMPLES - done), size), dtype=np.int32)].mean(axis=1)
         for done in range(0, RESAMPLES, chunk)
     ]
     return np.sort(np.concatenate(means))
@@ -59,7 +60,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _binomial_tail(count: int, least: int) -> float:
-    return sum(math.comb(count, wins) for wins in range(least, count + 1)) / 2**count
+    return float(sum(math.comb(count, wins) for wins in range(least, count + 1)) / 2**count)
 
 
 def randomization_test(differences: Sequence[float]) -> float:

@@ -37,7 +37,7 @@ def test_each_example_has_one_result_with_all_its_slices() -> None:
     assert all(each.truncated for each in results("base", None, "maybe"))
 
 
-def test_what_is_asked_and_expected_identifies_an_example() -> None:
+def test_question_and_reference_identify_an_example() -> None:
     assert example_digest(example("one")) == example_digest(FIRST)
     assert len({example_digest(each) for each in (FIRST, SECOND, THIRD, example("one", "no"))}) == 4
 
