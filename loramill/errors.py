@@ -12,6 +12,7 @@
     │   └── ModelNotFound            404 model_not_found
     │       └── VersionPruned        404 version_pruned         retention removed the version
     ├── Conflict                     409 conflict
+    │   └── NightlyBusy              409 nightly_busy           another process works on the nightly run
     ├── Overloaded                   429 overloaded
     ├── QuotaExceeded                429 quota_exceeded
     ├── RateLimited                  429 rate_limit_exceeded
@@ -159,6 +160,12 @@ class Conflict(LoramillError):
 
     status = 409
     code = "conflict"
+
+
+class NightlyBusy(Conflict):
+    """Another process works on the nightly run."""
+
+    code = "nightly_busy"
 
 
 class Overloaded(LoramillError):

@@ -195,14 +195,15 @@ def drop(session: Session, name: AdapterName | str) -> NewData:
     return dropped
 
 
-def open_run(session: Session) -> NightlyRun:
-    """Returns the run that is not finished, or a new run."""
+def open_run(session: Session, now: float | None = None) -> NightlyRun:
+    """Returns the run that is not finished, or a new run that begins `now` (None: by this machine's clock)."""
     unfinished = select(NightlyRunRow).where(NightlyRunRow.open.is_(True))
     row = session.scalar(unfinished)
     if row is None:
+        began = time.time() if now is None else now
         try:
             with session.begin_nested():
-                session.add(NightlyRunRow(id=f"nightly-{secrets.token_hex(12)}", open=True, created_at=time.time()))
+                session.add(NightlyRunRow(id=f"nightly-{secrets.token_hex(12)}", open=True, created_at=began))
         except IntegrityError:
             session.expire_all()  # another process opened a run in the meantime
         row = session.scalars(unfinished).one()
@@ -213,6 +214,18 @@ def list_runs(session: Session, limit: int = 20) -> list[NightlyRun]:
     """Returns the last runs, newest first."""
     statement = select(NightlyRunRow).order_by(NightlyRunRow.created_at.desc(), NightlyRunRow.id).limit(limit)
     return [NightlyRun.model_validate(row) for row in session.scalars(statement)]
+
+
+def get_run(session: Session, run: str) -> NightlyRun:
+    """Returns a run.
+
+    Raises:
+        NotFound: there is no such run.
+    """
+    row = session.get(NightlyRunRow, run)
+    if row is None:
+        raise NotFound(f"There is no nightly run '{run}'; `loramill nightly history` lists them.", param="run")
+    return NightlyRun.model_validate(row)
 
 
 def list_steps(session: Session, run: str) -> list[NightlyStep]:

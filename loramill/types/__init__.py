@@ -44,6 +44,7 @@ from loramill.types.nightly import (
     NewDataState,
     NightlyRun,
     NightlyStep,
+    ScheduledTime,
     SetAsideData,
     StepStatus,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Removal",
     "RetentionPolicy",
     "Schedule",
+    "ScheduledTime",
     "Scope",
     "ServedQuantization",
     "SetAsideData",

@@ -89,8 +89,32 @@ class NightlyStep(FrozenModel):
 
 
 class NightlyRun(FrozenModel):
-    """One nightly run; `finished_at` is None while it is open."""
+    """One nightly run.
+
+    Attributes:
+        finished_at: None while it is open.
+        holder: the process that works on it, or the last one that did.
+        lease_until: until when it is only that process's; None if no process works on it.
+    """
 
     id: str
     created_at: float
     finished_at: float | None = None
+    holder: str | None = None
+    lease_until: float | None = None
+
+
+class ScheduledTime(FrozenModel):
+    """A scheduled time of nightly runs.
+
+    Attributes:
+        scheduled_at: the time, in seconds since the epoch.
+        schedule: cron expression and time zone; empty: from then on, no schedule.
+        missed: number of scheduled times before it that had no run.
+        run: the run that began for it; None: the schedule began at this time.
+    """
+
+    scheduled_at: float
+    schedule: str
+    missed: int = 0
+    run: str | None = None

@@ -21,6 +21,7 @@ from loramill.errors import LoramillError, SetupError
 from loramill.gpus.machine import list_gpus
 from loramill.local.machine import object_store_folder
 from loramill.models.catalog import find_base
+from loramill.pipelines.nightly.schedule.scheduler import start_scheduler
 from loramill.plural import counted
 from loramill.settings import Settings
 
@@ -29,6 +30,8 @@ OBJECT_STORE_BYTES = 128 << 20
 #: CPUs in Ray of a session on this machine. Not a whole one: a Train controller that is killed leaves its placement
 #: group until the supervisor finds it, and a few of those would leave no CPUs for sessions.
 NOMINAL_CPUS = 0.01
+#: How long the schedule of nightly runs may take to end the process of a run.
+SCHEDULE_STOP_SECONDS = 10.0
 log = logging.getLogger("loramill.cluster")  # __name__ is __main__ here
 
 
@@ -99,9 +102,12 @@ def run(settings: Settings) -> None:
     start_local(settings.home / "run")
     check_ray_gpus(settings)
     deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
+    schedule, stop_schedule = start_scheduler(settings)
     log.info("up")
     ended.wait()
     log.info("stopping")
+    stop_schedule.set()
+    schedule.join(SCHEDULE_STOP_SECONDS)
     serve.shutdown()
     ray.shutdown()
 

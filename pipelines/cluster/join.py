@@ -8,6 +8,7 @@ import ray
 
 from loramill.errors import SettingsInvalid, SetupError
 from loramill.local.preparation import check_stores, ensure_admin_key, prepare_home
+from loramill.pipelines.cluster import nightly_schedule
 from loramill.pipelines.cluster.deploy import deploy
 from loramill.registry.database.migrate import migrate
 from loramill.settings import Settings
@@ -34,6 +35,7 @@ def join(settings: Settings) -> None:
         raise SetupError("No Ray cluster runs on this machine; start one (`ray up cluster.yaml`).") from error
     check_devices(settings, ray.cluster_resources().get("GPU", 0))
     deploy(settings)
+    nightly_schedule.deploy(settings)
 
 
 def check_devices(settings: Settings, gpus: float) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import (
     DeadlineExceeded,
+    LeaseLost,
     LoramillError,
     NotFound,
     Overloaded,
@@ -22,7 +23,7 @@ from loramill.errors import (
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.definition import NightlyDefinition
 from loramill.pipelines.nightly.gateway import EvalGateway
-from loramill.registry import Registry, adapters, nightly
+from loramill.registry import Registry, adapters, nightly, nightly_schedule
 from loramill.settings import Settings
 from loramill.types import NightlyRun, NightlyStep, StepStatus
 
@@ -49,7 +50,7 @@ OnProgress = Callable[[NightlyProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class NightlyContext:
-    """One nightly run, with what its stages need."""
+    """One nightly run, with what its stages need; `holder` is the process that has leased it, if one has."""
 
     run: NightlyRun
     registry: Registry
@@ -59,6 +60,7 @@ class NightlyContext:
     gateway: EvalGateway
     progress: OnProgress = lambda progress: None
     definition: NightlyDefinition = field(default_factory=NightlyDefinition)
+    holder: str | None = None
 
     def done(self, stage: str) -> dict[str, dict[str, Any]]:
         """Results of the adapters that finished a stage."""
@@ -81,16 +83,20 @@ class NightlyContext:
 
     def record_pending(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> NightlyStep:
         """Records the state of a step that has not ended."""
+        self.check_lease(session)
         return nightly.record_step(session, self.run.id, adapter, stage, StepStatus.PENDING, result)
 
     def finish(self, session: Session, adapter: str, stage: str, result: dict[str, Any]) -> None:
         """Records the end of a step in the transaction of its work, and reports it."""
+        self.check_lease(session)
         self.report(nightly.record_step(session, self.run.id, adapter, stage, StepStatus.DONE, result))
 
     def attempt(self, adapter: str, stage: str, work: Callable[[], None]) -> bool:
         """Does a step's work; a failure is recorded, and affects no other adapter. Returns whether it succeeded."""
         try:
             work()
+        except LeaseLost:
+            raise
         except LoramillError as error:
             self.fail(adapter, stage, error)
         except Exception as error:  # a bug that one adapter's data triggers must not stop the others
@@ -105,6 +111,7 @@ class NightlyContext:
         message = error.message if isinstance(error, LoramillError) else f"{type(error).__name__}: {error}"
         transient = isinstance(error, TRANSIENT_ERRORS)
         with self.registry.writing() as session:
+            self.check_lease(session)
             if not adapter_exists(session, adapter):
                 return  # `deleted_adapters` reports it at the end of the run
             if transient:
@@ -116,6 +123,15 @@ class NightlyContext:
             }
             result = recorded.get(adapter, {}) | {"error": message, "data": "waiting" if transient else "set aside"}
             self.report(nightly.record_step(session, self.run.id, adapter, stage, StepStatus.FAILED, result))
+
+    def check_lease(self, session: Session) -> None:
+        """Checks that the run is still this process's; nothing without a `holder`.
+
+        Raises:
+            LeaseLost: another process has taken it over.
+        """
+        if self.holder is not None:
+            nightly_schedule.check_lease(session, self.run.id, self.holder)
 
     def interrupt(self, error: LoramillError) -> None:
         """Records why the run stopped, for every adapter that has not ended; the next run resumes it."""

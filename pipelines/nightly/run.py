@@ -17,9 +17,11 @@ from loramill.errors import SetupError, Unavailable
 from loramill.models.catalog import find_base
 from loramill.pipelines.nightly.collection.collect import collect_all
 from loramill.pipelines.nightly.context import NightlyContext, OnProgress, Report, adapter_exists
+from loramill.pipelines.nightly.definition import NightlyDefinition, load_definition
 from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.promote import gate_all, promote_all
+from loramill.pipelines.nightly.schedule.lease import leased_run
 from loramill.pipelines.nightly.sources.feedback import add_feedback
 from loramill.pipelines.nightly.train import train_all
 from loramill.registry import Registry, nightly
@@ -34,6 +36,7 @@ def run_nightly(
     report: Report = lambda step: None,
     progress: OnProgress = lambda progress: None,
     gateway: EvalGateway | None = None,
+    definition: NightlyDefinition | None = None,
 ) -> NightlyRun:
     """Runs all stages for every adapter with new data, or resumes a run that was interrupted.
 
@@ -41,16 +44,28 @@ def run_nightly(
         report: called with each step that ends, and at the end for each adapter that was deleted during the run.
         progress: called while jobs train and questions are answered.
         gateway: default: the one that the settings name.
+        definition: default: that of nightly.yaml.
 
     Raises:
         NotRunning, Unavailable: the gateway or the database is unreachable; the next run resumes this one.
         BaseUnusable: the base was not found.
+        DefinitionInvalid: nightly.yaml has faults.
+        NightlyBusy: another process works on the run.
+        LeaseLost: this process was silent too long, and another one has taken the run over.
     """
     base = find_base(settings.base, settings.cache, settings.quantization)
-    with registry.writing() as session:
-        run = nightly.open_run(session)
+    definition = definition or load_definition(settings)
+    gateway = gateway or HttpGateway(settings)
+    with leased_run(registry) as run:
+        return _run_stages(
+            NightlyContext(run, registry, settings, base, report, gateway, progress, definition, run.holder)
+        )
+
+
+def _run_stages(context: NightlyContext) -> NightlyRun:
+    registry, run = context.registry, context.run
+    with registry.reading() as session:
         adapters_with_data = {data.adapter for data in nightly.pending_data(session)}
-    context = NightlyContext(run, registry, settings, base, report, gateway or HttpGateway(settings), progress)
     seen = adapters_with_data | {step.adapter for step in context.steps()}
     add_feedback(context)
     collect_all(context)
@@ -61,10 +76,11 @@ def run_nightly(
         context.interrupt(error)
         raise
     for step in deleted_adapters(context, seen):
-        report(step)
+        context.report(step)
     if context.in_progress("evaluate"):  # the next run requests the missing answers again
         return run
     with registry.writing() as session:
+        context.check_lease(session)
         return nightly.finish_run(session, run.id)
 
 

@@ -7,7 +7,9 @@ from functools import partial
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, JobCancelled, JobError, NotFound, SetupError, Unavailable
+from loramill.pipelines.nightly.budget import decide_training
 from loramill.pipelines.nightly.context import NightlyContext, NightlyProgress
+from loramill.pipelines.nightly.spending import postpone, spending, stop_queued
 from loramill.registry import jobs
 from loramill.sizing import ADJUSTABLE
 from loramill.submission.dataset_checks import DatasetChecks
@@ -24,17 +26,21 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
     Raises:
         NotRunning, Unavailable: the gateway is unreachable, for `UNREACHABLE_SECONDS` if jobs train already.
     """
-    waiting = context.remaining("train")
+    begun = context.in_progress("train")
+    waiting = [adapter for adapter in context.remaining("train") if "waiting" not in begun.get(adapter, {})]
     if not waiting:
         return
     context.gateway.check()
-    begun = context.in_progress("train")
     if new := [adapter for adapter in waiting if "job" not in begun.get(adapter, {})]:
         checks = DatasetChecks(context.registry.artifacts, ChatTokenizer.load(context.base.folder))
         submission = SubmissionContext(context.base, context.settings.jobs, checks)
         for adapter in new:
             context.attempt(adapter, "train", partial(_submit, context, submission, adapter))
     open_jobs = {adapter: result["job"] for adapter, result in context.in_progress("train").items() if "job" in result}
+    _wait(context, open_jobs, poll_seconds)
+
+
+def _wait(context: NightlyContext, open_jobs: dict[str, str], poll_seconds: float) -> None:
     unreachable_since: float | None = None
     while open_jobs:
         try:
@@ -46,11 +52,11 @@ def train_all(context: NightlyContext, *, poll_seconds: float = 0.5) -> None:
                 raise
         else:
             unreachable_since = None
+            for adapter in stop_queued(context, found):
+                del open_jobs[adapter], found[adapter]
             for adapter, job in found.items():
-                if (
-                    not context.attempt(adapter, "train", partial(_check_job, context, adapter, job))
-                    or job.status.final
-                ):
+                checked = context.attempt(adapter, "train", partial(_check_job, context, adapter, job))
+                if not checked or job.status.final:
                     del open_jobs[adapter]
             # A paused job may stay so for days; the others do not wait for it.
             if all(found[adapter].status is JobStatus.PAUSED for adapter in open_jobs):
@@ -67,11 +73,22 @@ def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str
         raise BaseUnusable("The base has changed since the data was collected.")
     with context.registry.reading() as session:
         # What sizing may adjust does not change the result, and the new data may need other values than the old.
-        job = check_spec(session, spec, submission, adjustable=ADJUSTABLE, metadata={"nightly_run": context.run.id})
+        job = check_spec(
+            session,
+            spec,
+            submission,
+            adjustable=ADJUSTABLE,
+            priority=context.definition.for_adapter(adapter).train.priority,
+            metadata={"nightly_run": context.run.id},
+        )
+    decision = decide_training(context.definition.budget, spending(context), job.cost)
+    if not decision.start:
+        postpone(context, adapter, decision)
+        return
     # With the job in the step's own transaction, a run that is killed here has neither or both.
     with context.registry.writing() as session:
         record = queue(session, job, Submitter(tenant=None, key_id="nightly", request_id=context.run.id))
-        context.record_pending(session, adapter, "train", {"job": record.id})
+        context.record_pending(session, adapter, "train", {"job": record.id, "tokens": job.cost})
 
 
 def _poll_jobs(context: NightlyContext, open_jobs: dict[str, str]) -> dict[str, JobRecord]:
@@ -92,7 +109,8 @@ def _check_job(context: NightlyContext, adapter: str, job: JobRecord) -> None:
     context.progress(NightlyProgress("train", adapter, job.step, job.spec.steps, job.status))
     if job.status is JobStatus.SUCCEEDED:
         with context.registry.writing() as session:
-            context.finish(session, adapter, "train", {"job": job.id, "version": job.version, "error": None})
+            result = {"job": job.id, "version": job.version, "tokens": job.trained_tokens, "error": None}
+            context.finish(session, adapter, "train", result)
     elif job.status is JobStatus.CANCELLED:
         raise JobCancelled(f"The job {job.id} was cancelled.")
     elif job.status.final:

@@ -5,31 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli.arguments import AdapterArgument, JsonFlag
 from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
-from loramill.errors import LoramillError, first_lines
+from loramill.cli.nightly_registry import open_registry
+from loramill.errors import LoramillError, NightlyBusy, first_lines
 from loramill.names import AdapterName
 
 if TYPE_CHECKING:
     from loramill.registry import Registry
-    from loramill.settings import Settings
     from loramill.types import NightlyRun, NightlyStep
 
 
 def run(json: JsonFlag = False) -> None:
     """Retrain every adapter that has new data, or resume an interrupted run.
 
-    Exits with 1 if an adapter failed or the run was interrupted.
+    Exits with 1 if an adapter failed or the run was interrupted. If another process works on the run, this one leaves
+    it to that process and exits with 0.
     """
     from loramill.pipelines.nightly.outcome import succeeded
     from loramill.pipelines.nightly.run import run_nightly
 
-    settings, registry = _open_registry()
+    settings, registry = open_registry()
     reported: list[NightlyStep] = []
     stopped: LoramillError | None = None
     with _progress(quiet=json) as (on_step, on_progress):
@@ -40,6 +41,9 @@ def run(json: JsonFlag = False) -> None:
 
         try:
             nightly_run = run_nightly(registry, settings, report=report, progress=on_progress)
+        except NightlyBusy as error:
+            print_message(error.message, style="yellow")
+            raise typer.Exit(0) from error
         except LoramillError as error:
             unfinished = _last_run(registry)
             if unfinished is None or unfinished.finished_at is not None:
@@ -53,10 +57,24 @@ def run(json: JsonFlag = False) -> None:
         raise typer.Exit(1)
 
 
-def show_run(json: JsonFlag = False) -> None:
-    """Show the scores, decisions and reasons of the last nightly run."""
-    _, registry = _open_registry()
-    nightly_run = _last_run(registry)
+def show_run(
+    run_id: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="ID of the run. Default: the last one that had work to do.", show_default=False
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show the scores, decisions and reasons of a nightly run."""
+    from loramill.registry.nightly import get_run
+
+    _, registry = open_registry()
+    if run_id is None:
+        nightly_run = _last_run(registry)
+    else:
+        with registry.reading() as session:
+            nightly_run = get_run(session, run_id)
     if nightly_run is not None:
         _print_run(registry, nightly_run, json)
     elif json:
@@ -69,7 +87,7 @@ def show_data(json: JsonFlag = False) -> None:
     """List the new data for the next nightly run, and the data that was set aside after a failure."""
     from loramill.registry.nightly import list_set_aside, new_data_state, pending_data
 
-    settings, registry = _open_registry()
+    settings, registry = open_registry()
     with registry.reading() as session:
         ready = [new_data_state(session, each.adapter, settings.jobs.min_examples) for each in pending_data(session)]
         aside = list_set_aside(session)
@@ -87,7 +105,7 @@ def retry(name: AdapterArgument) -> None:
     """Include data that was set aside in the next nightly run."""
     from loramill.registry.nightly import retry as give_back
 
-    _, registry = _open_registry()
+    _, registry = open_registry()
     with registry.writing() as session:
         data = give_back(session, AdapterName.parse(name))
     print_message(f"The next nightly run uses {_format_files(data.train + data.valid)} of {name} again.")
@@ -97,7 +115,7 @@ def drop(name: AdapterArgument) -> None:
     """Remove an adapter's new data, waiting or set aside, from nightly runs. Its files are kept."""
     from loramill.registry.nightly import drop as forget
 
-    _, registry = _open_registry()
+    _, registry = open_registry()
     with registry.writing() as session:
         data = forget(session, AdapterName.parse(name))
     print_message(f"Nightly runs no longer train {name} on {_format_files(data.train + data.valid)}.")
@@ -105,15 +123,6 @@ def drop(name: AdapterArgument) -> None:
 
 def _format_files(ids: Sequence[str]) -> str:
     return f"{len(ids)} file{'' if len(ids) == 1 else 's'} ({', '.join(ids)})"
-
-
-def _open_registry() -> tuple[Settings, Registry]:
-    from loramill.local.gpus import settings_of_pool
-    from loramill.registry import Registry
-    from loramill.settings import Settings
-
-    settings = settings_of_pool(Settings.load())
-    return settings, Registry.open(settings.database, settings.artifacts)
 
 
 def _last_run(registry: Registry) -> NightlyRun | None:

@@ -278,13 +278,31 @@ class EvaluationRow(TableBase):
 
 
 class NightlyRunRow(TableBase):
-    """A nightly run. `open` is true or null, and unique, so that at most one run is open."""
+    """A nightly run. `open` is true or null, and unique, so that at most one run is open.
+
+    `holder` is the process that works on it, or the last one that did; its lease ends at `lease_until`.
+    """
 
     __tablename__ = "nightly_runs"
     id: Mapped[str] = mapped_column(primary_key=True)
     open: Mapped[bool | None] = mapped_column(unique=True)
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
+    holder: Mapped[str | None]
+    lease_until: Mapped[float | None]
+
+
+class NightlyTimeRow(TableBase):
+    """A scheduled time and the run that began for it. As the primary key, it has one run, whatever looks at it.
+
+    Without a run, it is the time at which a schedule began; an empty `schedule` means that it ended.
+    """
+
+    __tablename__ = "nightly_times"
+    scheduled_at: Mapped[float] = mapped_column(primary_key=True)
+    schedule: Mapped[str]
+    missed: Mapped[int]
+    run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
 
 
 class NightlyStepRow(TableBase):

@@ -14,7 +14,8 @@ from loramill.types import StepStatus
 def collect_all(context: NightlyContext) -> None:
     """Freezes each adapter's new data into datasets for this run."""
     with context.registry.reading() as session:
-        adapters_with_data = [data.adapter for data in nightly.pending_data(session)]
+        names = [data.adapter for data in nightly.pending_data(session)]
+    adapters_with_data = [name for name in names if context.definition.includes(name)]
     ended = {step.adapter for step in context.steps() if step.status is not StepStatus.PENDING}
     for adapter in adapters_with_data:
         if adapter not in ended:  # data that arrived after this run had collected is for the next run

@@ -186,3 +186,8 @@ class BudgetDefinition(FrozenModel):
         default=None, gt=0, description="Seconds of training, times GPUs (on a CPU: times sessions). Unset: unlimited."
     )
     tokens: int | None = Field(default=None, gt=0, description="Tokens that are trained on. Unset: unlimited.")
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is limited."""
+        return any(each is not None for each in (self.wall_time, self.gpu_seconds, self.tokens))

@@ -17,9 +17,9 @@ from rich.console import Console
 from loramill import errors
 from loramill.cli.format import time_ago
 from loramill.names import AdapterName
-from loramill.registry import adapters, nightly
+from loramill.registry import adapters, nightly, nightly_schedule
 from loramill.settings import Settings
-from loramill.types import StepStatus
+from loramill.types import ScheduledTime, StepStatus
 
 from ..conftest import RunningGateway, examples
 from .running import clear_settings, loramill, ok
@@ -381,6 +381,56 @@ def test_the_last_nightly_run_is_shown(running_gateway: RunningGateway, tenant: 
     found = json_output("nightly", "show")
     assert {step["step"] for step in found["steps"]} == {"evaluate", "gate", "promote"}
     assert found["adapters"][0]["verdict"] == "promoted" and found["id"] == run
+
+
+def test_the_definition_of_nightly_runs_is_checked_and_shown(running_gateway: RunningGateway, tenant: str) -> None:
+    with running_gateway.registry.writing() as session:
+        adapters.get_or_create(session, AdapterName(tenant, "support"))
+    file = running_gateway.home / "nightly.yaml"
+    assert "does not exist" in ok("nightly", "status").stdout
+    file.write_text(f"schedule: {{timezone: Europe/Berlin}}\nadapters: {tenant}/*\nbudget: {{tokens: 5000}}\n")
+    try:
+        shown = ok("nightly", "validate").stdout
+        assert (
+            "0 2 * * * in Europe/Berlin; next 2" in shown and f"{tenant}/support" in shown and "5,000 tokens" in shown
+        )
+        found = json_output("nightly", "status")
+        assert len(found["next_times"]) == 3 and found["problems"] == []
+        assert f"starts at {found['next_times'][0]}" in ok("nightly", "plan").stderr
+        file.write_text("schedul:\nsplit: {held_out: 7}\n")
+        wrong = loramill("nightly", "validate")
+        assert wrong.exit_code == 1
+        lines = [line.partition(": ")[0] for line in wrong.stderr.splitlines() if line.startswith("nightly.yaml")]
+        assert lines == ["nightly.yaml:1", "nightly.yaml:2"]
+        assert "did you mean schedule?" in ok("nightly", "status").stderr
+    finally:
+        file.unlink()
+
+
+def test_nightly_runs_are_listed_with_what_started_them(
+    running_gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_ = ScheduledTime(scheduled_at=1e9, schedule="0 2 * * * UTC")
+    with running_gateway.registry.writing() as session:
+        run = nightly_schedule.claim_time(session, time_, time.time())
+        assert run is not None
+    found = json_output("nightly", "history")[0]
+    assert (found["id"], found["state"], found["scheduled_at"]) == (run.id, "interrupted", [1e9])
+    assert "schedule" in ok("nightly", "history").stdout
+    with running_gateway.registry.writing() as session:
+        nightly_schedule.lease_run(session, "elsewhere", now=time.time(), seconds=60)
+    assert "elsewhere" in ok("nightly", "status").stdout
+
+    def busy(*_: object, **__: object) -> None:
+        raise errors.NightlyBusy("The nightly run is being worked on by elsewhere.")
+
+    monkeypatch.setattr("loramill.pipelines.nightly.run.run_nightly", busy)
+    assert "is being worked on by elsewhere" in ok("nightly", "run").stderr  # and it exits with 0
+    with running_gateway.registry.writing() as session:
+        nightly.finish_run(session, run.id)
+    assert json_output("nightly", "show", run.id)["id"] == run.id
+    unknown = loramill("nightly", "show", "nightly-x")
+    assert unknown.exit_code == 1 and "no nightly run 'nightly-x'" in unknown.stderr
 
 
 def test_a_failed_nightly_run_is_reported_and_exits_with_1(

@@ -14,9 +14,12 @@ from sqlalchemy import text
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
     ArtifactMissing,
+    DefinitionInvalid,
     InvalidRequest,
+    LeaseLost,
     LoramillError,
     ModelNotFound,
+    NightlyBusy,
     NotFound,
     NotRunning,
     TrainingDiverged,
@@ -24,14 +27,25 @@ from loramill.errors import (
 )
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly import run, train
+from loramill.pipelines.nightly import run, spending, train
 from loramill.pipelines.nightly.collection import collect
 from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
 from loramill.pipelines.nightly.run import run_nightly
-from loramill.registry import Registry, adapters, datasets, deletion, evaluations, jobs, nightly, tenants
+from loramill.pipelines.nightly.schedule.lease import process_name
+from loramill.registry import (
+    Registry,
+    adapters,
+    datasets,
+    deletion,
+    evaluations,
+    jobs,
+    nightly,
+    nightly_schedule,
+    tenants,
+)
 from loramill.settings import Settings
 from loramill.types import JobRecord, NightlyStep, StepStatus, VersionRecord
 
@@ -183,6 +197,90 @@ def test_a_better_challenger_is_promoted_and_a_rerun_does_nothing(cluster: Clust
     assert cluster.champion("acme/a") == champion and succeeded([worse])
     stages = {(each.stage, each.adapter) for each in cluster.progress}
     assert stages == {("train", "acme/a"), ("evaluate", None)}
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(cluster: Cluster) -> None:
+    cluster.feed("acme/a", rows(60))
+    with cluster.registry.writing() as session:
+        run = nightly_schedule.lease_run(session, "elsewhere process 1 (x)", now=time.time(), seconds=60)
+    with pytest.raises(NightlyBusy, match=f"{run.id} is being worked on by elsewhere process 1"):
+        cluster.run()
+    assert cluster.trained == [] and cluster.pending() == ["acme/a"]
+    with cluster.registry.writing() as session:  # its lease ends
+        nightly_schedule.extend_lease(session, run.id, "elsewhere process 1 (x)", now=0, seconds=60)
+    assert only(cluster.run()).verdict is Verdict.PROMOTED
+    with cluster.registry.reading() as session:
+        ended = nightly.get_run(session, run.id)
+    assert ended.finished_at is not None and ended.lease_until is None and ended.holder == process_name()
+
+
+def test_a_process_that_lost_its_lease_writes_nothing_more(cluster: Cluster) -> None:
+    cluster.feed("acme/a", rows(60))
+
+    def taken_over(job: JobRecord) -> None:
+        cluster.publish(job)
+        with cluster.registry.writing() as session:
+            run = nightly.list_runs(session)[0].id
+            nightly_schedule.extend_lease(session, run, process_name(), now=0, seconds=1)
+            nightly_schedule.lease_run(session, "another", now=time.time(), seconds=60)
+
+    cluster.pool = taken_over
+    with pytest.raises(LeaseLost, match="has taken over the nightly run"):
+        cluster.run()
+    with cluster.registry.writing() as session:
+        run = nightly.list_runs(session)[0].id
+        assert [step.step for step in nightly.list_steps(session, run) if step.status is StepStatus.DONE] == ["collect"]
+        nightly_schedule.end_lease(session, run, "another")
+    assert only(cluster.run()).verdict is Verdict.PROMOTED and cluster.trained == ["acme/a"]
+
+
+def test_a_run_retrains_only_the_adapters_of_its_definition(cluster: Cluster) -> None:
+    for adapter in ("acme/a", "acme/b", "bolt/a"):
+        cluster.feed(adapter, rows(60))
+    cluster.settings.nightly_file.write_text("adapters: acme/*\nexclude: '*/b'\n")
+    assert only(cluster.run()).adapter == "acme/a"
+    assert cluster.pending() == ["acme/b", "bolt/a"]
+    cluster.settings.nightly_file.write_text("adapter: x\n")
+    with pytest.raises(DefinitionInvalid, match="did you mean adapters"):
+        cluster.run()
+
+
+def test_what_the_budget_allows_is_promoted_and_the_rest_waits(cluster: Cluster) -> None:
+    for adapter in ("acme/a", "acme/b", "bolt/a"):
+        cluster.feed(adapter, rows(60))
+    cluster.settings.nightly_file.write_text("budget: {tokens: 1}\n")
+    none = cluster.run()
+    assert [each.verdict for each in none] == [Verdict.WAITING] * 3 and cluster.trained == []
+    assert "0 of the run's 1 tokens are spent, and this job trains on" in none[0].reason
+    assert succeeded(none) and cluster.pending() == ["acme/a", "acme/b", "bolt/a"]
+    one_job = float(none[0].reason.partition("this job trains on ")[2].partition(";")[0].replace(",", ""))
+    cluster.settings.nightly_file.write_text(f"budget: {{tokens: {round(one_job * 1.5)}}}\n")
+    first = cluster.run()
+    assert [each.verdict for each in first] == [Verdict.PROMOTED, Verdict.WAITING, Verdict.WAITING]
+    assert summary(first) == "Nightly run: 1 promoted, 2 waiting." and cluster.pending() == ["acme/b", "bolt/a"]
+    cluster.settings.nightly_file.write_text("")
+    assert [each.verdict for each in cluster.run()] == [Verdict.PROMOTED] * 2
+
+
+def test_jobs_that_have_not_begun_when_the_time_is_over_wait(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for adapter in ("acme/a", "acme/b"):
+        cluster.feed(adapter, rows(60))
+    cluster.settings.nightly_file.write_text("budget: {wall_time: 1h}\n")
+    began = time.time()
+
+    def train_one(job: JobRecord) -> None:
+        if not cluster.trained:
+            cluster.publish(job)
+        monkeypatch.setattr(spending.time, "time", lambda: began + 3601)
+
+    cluster.pool = train_one
+    found = cluster.run()
+    assert sorted(each.verdict for each in found) == [Verdict.PROMOTED, Verdict.WAITING]
+    waiting = next(each for each in found if each.verdict is Verdict.WAITING)
+    assert waiting.reason == "the run's time of 1h is over; the next nightly run trains it."
+    assert cluster.pending() == [waiting.adapter]
+    with cluster.registry.reading() as session:
+        assert {job.status for job in jobs.list_jobs(session, tenant=None)} == {"succeeded", "cancelled"}
 
 
 def test_a_first_version_that_is_not_better_is_still_the_champion(cluster: Cluster) -> None:

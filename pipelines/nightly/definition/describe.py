@@ -1,0 +1,88 @@
+"""A definition in words, as `loramill nightly validate` prints it. Pure functions."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from loramill.durations import format_duration
+from loramill.pipelines.nightly.definition.schema import NightlyDefinition
+from loramill.pipelines.nightly.definition.training import BudgetDefinition, ReplayDefinition, ScheduleDefinition
+from loramill.plural import counted, listed
+
+#: Adapters that are named in one line.
+_SHOWN_ADAPTERS = 8
+_STARTS = {
+    "champion": "from the champion's weights",
+    "fresh": "from new weights",
+    "both": "from the champion's weights and from new ones; the better version challenges",
+}
+
+
+def describe(definition: NightlyDefinition, adapters: list[str], next_times: list[str]) -> list[tuple[str, str]]:
+    """Returns a sentence for each topic.
+
+    Args:
+        definition: the definition.
+        adapters: all adapters of the registry.
+        next_times: the next scheduled times.
+    """
+    split, gate, canary, watch = definition.split, definition.gate, definition.canary, definition.watch
+    found = [
+        ("schedule", _schedule(definition.schedule, next_times)),
+        ("adapters", _adapters(definition, adapters)),
+        *(("source", f"{each.url}, for {listed(each.adapters)}") for each in definition.sources),
+        (
+            "new data",
+            f"{split.held_out:.0%} is held out; up to {split.max_bad_rows:.0%} bad rows are left out",
+        ),
+        ("training", f"{_STARTS[definition.train.start]}, at priority {definition.train.priority}"),
+        ("replay", _replay(definition.replay)),
+        ("metrics", ", ".join(definition.evaluate.computed_metrics)),
+        (
+            "gate",
+            f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of more than {gate.min_gain:g} on new "
+            f"data, and a loss of at most {gate.max_loss:g} on old; {gate.approval} approval",
+        ),
+        ("canary", _canary(canary.share, shadow=canary.shadow)),
+        ("watch", "none" if not watch.window else f"{_text(watch.window)}, then the new champion stays"),
+        ("budget", _budget(definition.budget)),
+        ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
+    ]
+    return found + [("override", f"for {listed(each.adapters)}") for each in definition.overrides]
+
+
+def _schedule(schedule: ScheduleDefinition, next_times: list[str]) -> str:
+    if not schedule.enabled:
+        return "none; `loramill nightly run` starts a run"
+    missed = "a missed run is caught up once" if schedule.missed == "once" else "a missed run is skipped"
+    coming = f"next {', '.join(next_times)}" if next_times else "no date matches in 50 years"
+    return f"{schedule.cron} in {schedule.timezone}; {coming}; {missed}"
+
+
+def _adapters(definition: NightlyDefinition, adapters: list[str]) -> str:
+    included = [each for each in adapters if definition.includes(each)]
+    names = ", ".join(included[:_SHOWN_ADAPTERS]) + (", …" if len(included) > _SHOWN_ADAPTERS else "")
+    return f"{len(included)} of {counted(len(adapters), 'adapter')}" + (f": {names}" if names else "")
+
+
+def _replay(replay: ReplayDefinition) -> str:
+    parts = [f"{counted(replay.plain_examples, 'old example')}"] if replay.plain_examples else []
+    parts += [f"{replay.on_policy:.0%} of the champion's own answers"] if replay.on_policy else []
+    return listed(parts) if parts else "none"
+
+
+def _canary(share: float, *, shadow: bool) -> str:
+    parts = ["copies of requests first"] if shadow else []
+    parts += [f"{share:.0%} of the requests"] if share else []
+    return listed(parts) if parts else "none; a challenger that passes is promoted at once"
+
+
+def _budget(budget: BudgetDefinition) -> str:
+    parts = [_text(budget.wall_time)] if budget.wall_time is not None else []
+    parts += [f"{budget.gpu_seconds:,.0f} GPU-seconds"] if budget.gpu_seconds is not None else []
+    parts += [f"{budget.tokens:,} tokens"] if budget.tokens is not None else []
+    return listed(parts) if parts else "unlimited"
+
+
+def _text(duration: timedelta) -> str:
+    return format_duration(duration.total_seconds())

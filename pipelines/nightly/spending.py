@@ -1,0 +1,66 @@
+"""What a run has spent, and what happens to adapters whose training the budget does not allow any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from loramill.errors import NotFound
+from loramill.pipelines.nightly.budget import BudgetDecision, Spending, busy_seconds, decide_training
+from loramill.pipelines.nightly.context import NightlyContext
+from loramill.registry import jobs, nightly
+from loramill.types import JobRecord, JobStatus
+
+
+def spending(context: NightlyContext) -> Spending:
+    """Returns what the run has spent so far; nothing without a budget."""
+    if not context.definition.budget.limited:
+        return Spending(0.0, 0.0, 0.0)
+    now = time.time()
+    steps = [step for step in context.steps("train") if "job" in step.result and "waiting" not in step.result]
+    intervals, tokens = [], 0.0
+    for step in steps:
+        job = _find_job(context, step.result["job"])
+        if job is None or job.started_at is None:
+            tokens += step.result.get("tokens", 0.0)
+            continue
+        intervals.append((job.started_at, job.finished_at or now))
+        tokens += job.trained_tokens if job.status.final else step.result.get("tokens", 0.0)
+    settings = context.settings.jobs
+    share = settings.gpu_share if settings.on_gpu else 1.0
+    return Spending(
+        wall_seconds=now - context.run.created_at,
+        gpu_seconds=busy_seconds(intervals, settings.sessions) * share,
+        tokens=tokens,
+    )
+
+
+def stop_queued(context: NightlyContext, found: Mapping[str, JobRecord]) -> list[str]:
+    """Cancels the jobs that have not begun, if the budget is spent; returns their adapters, whose data waits."""
+    queued = [adapter for adapter, job in found.items() if job.status is JobStatus.QUEUED and job.started_at is None]
+    if not queued or not context.definition.budget.limited:
+        return []
+    decision = decide_training(context.definition.budget, spending(context))
+    if decision.start:
+        return []
+    for adapter in queued:
+        with context.registry.writing() as session:
+            jobs.cancel(session, found[adapter].id)
+        postpone(context, adapter, decision)
+    return queued
+
+
+def postpone(context: NightlyContext, adapter: str, decision: BudgetDecision) -> None:
+    """Lets an adapter's data wait for the next run."""
+    with context.registry.writing() as session:
+        nightly.release(session, context.run.id, adapter)
+        result = {"waiting": f"{decision.reason}; the next nightly run trains it."}
+        context.report(context.record_pending(session, adapter, "train", result))
+
+
+def _find_job(context: NightlyContext, job: str) -> JobRecord | None:
+    try:
+        with context.registry.reading() as session:
+            return jobs.get(session, job)
+    except NotFound:
+        return None
