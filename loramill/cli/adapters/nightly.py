@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from json import dumps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from loramill.cli import complete
 from loramill.cli.arguments import AdapterArgument, JsonFlag
 from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
 from loramill.cli.nightly_registry import open_registry
 from loramill.errors import LoramillError, NightlyBusy, first_lines
 from loramill.names import AdapterName
+from loramill.plural import counted
 
 if TYPE_CHECKING:
     from loramill.registry import Registry
@@ -101,14 +104,60 @@ def show_data(json: JsonFlag = False) -> None:
     return print_table(("ADAPTER", "STATE", ""), rows, empty="No adapter has new data.")
 
 
-def retry(name: AdapterArgument) -> None:
-    """Include data that was set aside in the next nightly run."""
+def retry(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="TENANT/ADAPTER|RUN",
+            help="Adapter whose data was set aside, or ID of a run (nightly-…).",
+            show_default=False,
+            autocompletion=complete.adapters,
+        ),
+    ],
+    stage: Annotated[
+        Literal["train", "evaluate", "gate", "promote"] | None,
+        typer.Option("--from", help="With a run: the first stage that is done again.", show_default=False),
+    ] = None,
+) -> None:
+    """Include data that was set aside in the next nightly run, or do the stages of a run again from one of them.
+
+    The results of a run's earlier stages are kept.
+    """
     from loramill.registry.nightly import retry as give_back
+    from loramill.registry.nightly_again import reopen_run
+
+    if (stage is None) == name.startswith("nightly-"):
+        raise typer.BadParameter("give it with the ID of a run, and only then.", param_hint="--from")
+    _, registry = open_registry()
+    if stage is None:
+        with registry.writing() as session:
+            data = give_back(session, AdapterName.parse(name))
+        return print_message(f"The next nightly run uses {_format_files(data.train + data.valid)} of {name} again.")
+    from loramill.pipelines.nightly.context import STAGES
+
+    with registry.writing() as session:
+        adapters = reopen_run(session, name, STAGES[STAGES.index(stage) :])
+    return print_message(
+        f"{counted(len(adapters), 'adapter')} of {name} will start again at {stage}: `loramill nightly run` does it."
+    )
+
+
+def backfill(
+    since: Annotated[
+        datetime,
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="Time in UTC, such as 2026-06-01.", show_default=False
+        ),
+    ],
+) -> None:
+    """Include data that was added since a time in the next nightly run, although earlier runs have used it."""
+    from loramill.registry.nightly_again import backfill as release_again
 
     _, registry = open_registry()
     with registry.writing() as session:
-        data = give_back(session, AdapterName.parse(name))
-    print_message(f"The next nightly run uses {_format_files(data.train + data.valid)} of {name} again.")
+        found = release_again(session, since.replace(tzinfo=UTC).timestamp())
+    files = sum(len(each.train) for each in found)
+    print_message(f"The next nightly run uses {counted(files, 'file')} of {counted(len(found), 'adapter')}.")
 
 
 def drop(name: AdapterArgument) -> None:

@@ -13,7 +13,7 @@ from loramill.cli.adapters.feedback import delete_feedback, export_feedback, lis
 from loramill.cli.adapters.generate import generate
 from loramill.cli.adapters.import_folder import import_adapter
 from loramill.cli.adapters.merge import merge
-from loramill.cli.adapters.nightly import drop, retry, run, show_data, show_run
+from loramill.cli.adapters.nightly import backfill, drop, retry, run, show_data, show_run
 from loramill.cli.adapters.nightly_schedule import history, plan, status, validate
 from loramill.cli.adapters.retention import prune_adapters, set_retention
 from loramill.cli.adapters.show import list_adapters, rename_adapter, show_adapter
@@ -55,6 +55,7 @@ def add_adapter_commands(app: typer.Typer) -> None:
     nightly.command("data")(show_data)
     nightly.command("retry")(retry)
     nightly.command("drop")(drop)
+    nightly.command("backfill")(backfill)
     for command in (promote, rollback, chat, generate):
         app.command(rich_help_panel="Adapters")(command)
     app.add_typer(adapters, name="adapters", rich_help_panel="Adapters")

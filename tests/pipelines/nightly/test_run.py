@@ -14,6 +14,7 @@ from sqlalchemy import text
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
     ArtifactMissing,
+    Conflict,
     DefinitionInvalid,
     InvalidRequest,
     LeaseLost,
@@ -43,6 +44,7 @@ from loramill.registry import (
     evaluations,
     jobs,
     nightly,
+    nightly_again,
     nightly_schedule,
     tenants,
 )
@@ -281,6 +283,40 @@ def test_jobs_that_have_not_begun_when_the_time_is_over_wait(cluster: Cluster, m
     assert cluster.pending() == [waiting.adapter]
     with cluster.registry.reading() as session:
         assert {job.status for job in jobs.list_jobs(session, tenant=None)} == {"succeeded", "cancelled"}
+
+
+def test_a_run_is_done_again_from_a_stage_with_the_results_before_it(cluster: Cluster) -> None:
+    cluster.right = lambda model: False
+    cluster.feed("acme/a", rows(60))
+    assert only(cluster.run()).verdict is Verdict.HELD
+    cluster.right = lambda model: "@" in model
+    with cluster.registry.writing() as session:
+        run = nightly.list_runs(session)[0].id
+        assert nightly_again.reopen_run(session, run, ("evaluate", "gate", "promote")) == ["acme/a"]
+    assert only(cluster.run()).verdict is Verdict.PROMOTED and cluster.trained == ["acme/a"]
+    with cluster.registry.writing() as session:
+        assert [each.id for each in nightly.list_runs(session)] == [run]
+        with pytest.raises(NotFound, match="nightly history"):
+            nightly_again.reopen_run(session, "nightly-x", ("gate",))
+        other = nightly.open_run(session).id
+        with pytest.raises(Conflict, match=f"{other} is open"):
+            nightly_again.reopen_run(session, run, ("gate",))
+        nightly.finish_run(session, other)
+        with pytest.raises(Conflict, match="No adapter"):
+            nightly_again.reopen_run(session, other, ("gate",))
+
+
+def test_data_since_a_time_is_used_again(cluster: Cluster) -> None:
+    cluster.feed("acme/a", rows(60))
+    cluster.run()
+    between = time.time()
+    cluster.feed("acme/b", rows(60))
+    cluster.run()
+    assert cluster.trained == ["acme/a", "acme/b"] and cluster.run() == []
+    with cluster.registry.writing() as session:
+        (found,) = nightly_again.backfill(session, between)
+        assert found.adapter == "acme/b"
+    assert only(cluster.run()).adapter == "acme/b" and cluster.trained == ["acme/a", "acme/b", "acme/b"]
 
 
 def test_a_first_version_that_is_not_better_is_still_the_champion(cluster: Cluster) -> None:
