@@ -50,7 +50,7 @@ def reopen_run(session: Session, run: str, stages: Collection[str]) -> list[str]
 
     Raises:
         NotFound: there is no such run.
-        Conflict: another run is open, or no adapter has reached the stages.
+        Conflict: a run is open, this one or another, or no adapter has reached the stages.
     """
     last = _check_reopens(session, run)
     steps = nightly.list_steps(session, run)
@@ -69,7 +69,7 @@ def _check_reopens(session: Session, run: str) -> NightlyRunRow:
     row = session.get(NightlyRunRow, run)
     if row is None:
         raise NotFound(f"There is no nightly run '{run}'; `loramill nightly history` lists them.", param="run")
-    other = session.scalar(select(NightlyRunRow.id).where(NightlyRunRow.open.is_(True), NightlyRunRow.id != run))
+    other = session.scalar(select(NightlyRunRow.id).where(NightlyRunRow.open.is_(True)))
     if other is not None:
         raise Conflict(f"The nightly run {other} is open: finish it by `loramill nightly run` first.")
     return row

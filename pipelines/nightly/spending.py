@@ -43,10 +43,18 @@ def stop_queued(context: NightlyContext, found: Mapping[str, JobRecord]) -> list
     decision = decide_training(context.definition.budget, spending(context))
     if decision.start:
         return []
-    for adapter in queued:
-        with context.registry.writing() as session:
-            jobs.cancel(session, found[adapter].id)
+    cancelled = [adapter for adapter in queued if _cancel(context, found[adapter])]
+    for adapter in cancelled:
         postpone(context, adapter, decision)
+    return cancelled
+
+
+def _cancel(context: NightlyContext, job: JobRecord) -> bool:
+    """Cancels a job that has not begun; False if it has in the meantime."""
+    with context.registry.writing() as session:
+        queued = jobs.get(session, job.id).status is JobStatus.QUEUED
+        if queued:
+            jobs.cancel(session, job.id)
     return queued
 
 

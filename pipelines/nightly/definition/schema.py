@@ -109,7 +109,9 @@ class NightlyDefinition(FrozenModel):
     @classmethod
     def _empty_sections_are_defaults(cls, value: object) -> object:
         """A section's name without content, which YAML reads as null, is the same as no section."""
-        return {key: each for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {key: each for key, each in value.items() if each is not None or key not in cls.model_fields}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
