@@ -64,7 +64,7 @@ def show_run(
     run_id: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="ID of the run. Default: the last one that had work to do.", show_default=False
+            metavar="RUN", help="ID of the run. Default: the last one that had work to do.", show_default=False
         ),
     ] = None,
     json: JsonFlag = False,
@@ -146,7 +146,10 @@ def backfill(
     since: Annotated[
         datetime,
         typer.Option(
-            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="Time in UTC, such as 2026-06-01.", show_default=False
+            metavar="TIME",
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"],
+            help="Time in UTC, such as 2026-06-01 or 2026-06-01T18:00.",
+            show_default=False,
         ),
     ],
 ) -> None:

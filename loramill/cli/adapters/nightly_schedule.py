@@ -29,7 +29,9 @@ from loramill.plural import counted
 def validate(
     file: Annotated[
         Path | None,
-        typer.Argument(help="File to check. Default: that of the setting nightly.file.", show_default=False),
+        typer.Argument(
+            metavar="FILE", help="File to check. Default: that of the setting nightly.file.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Check nightly.yaml, and print what it means. Exits with 1 if it has faults, which are all printed."""
