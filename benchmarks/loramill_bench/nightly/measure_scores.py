@@ -74,7 +74,9 @@ def measure(base: Base, folder: Path) -> dict[str, Scores]:
         with OfflineEngine(base, Path, ServeSettings(threads=1)) as engine:
             limits = answer_limits(test, tokenizer)
             answers = {
-                candidate: EngineAnswerer(engine, path and str(path)).answer(test, limits, lambda done: None)
+                candidate: EngineAnswerer(engine, None if path is None else str(path)).answer(
+                    test, limits, lambda done: None
+                )
                 for candidate, path in {"base": None, **adapters}.items()
             }
     references = {"test": [each.completion for each in test]}
@@ -91,8 +93,8 @@ def _train(
 ) -> dict[str, Path]:
     """Trains adapters next to each other; returns their folders."""
     specs, tokens = {}, PASS_TOKENS["cpu"]
-    driver: Driver[None] = Driver(TrainingEngine(model), tokens)  # type: ignore[arg-type]
-    with configured_forward(model, tokens), ExitStack() as stack:  # type: ignore[arg-type]
+    driver: Driver[None] = Driver(TrainingEngine(model), tokens)
+    with configured_forward(model, tokens), ExitStack() as stack:
         for name, (examples, seed, start) in runs.items():
             continued = start is not None
             specs[name] = JobSpec(
@@ -115,7 +117,7 @@ def _train(
                 checkpoints=scratch / f"{name} checkpoints",
                 start_from=start,
             )
-            driver.start(name, name, _all_steps(name, stack.enter_context(open_run(model, context))))  # type: ignore[arg-type]
+            driver.start(name, name, _all_steps(name, stack.enter_context(open_run(model, context))))
         while len(driver):
             for ended in driver.run_pass(1.0):
                 if ended.error is not None:

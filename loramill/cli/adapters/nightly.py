@@ -236,9 +236,8 @@ def _print_run(
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
-    for each in found:
-        if notes := collection_notes(each):
-            print_message(notes)
+    for notes in filter(None, map(collection_notes, found)):
+        print_message(notes)
     for each in aside:
         print_message(
             f"{each.adapter}: data of an earlier nightly run is set aside ({each.stage}: {first_lines(each.reason)}); "

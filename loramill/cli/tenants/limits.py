@@ -118,8 +118,10 @@ def set_storage(
 
 
 def _parse_days(text: str | None) -> float | Literal["default"] | None:
-    if text is None or text == "default":
-        return text
+    if text is None:
+        return None
+    if text == "default":
+        return "default"
     try:
         return float(text)
     except ValueError as error:

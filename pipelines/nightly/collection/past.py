@@ -13,7 +13,7 @@ from loramill.errors import BaseUnusable
 from loramill.models.catalog import Base
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
-from loramill.pipelines.nightly.collection.policy import Known
+from loramill.pipelines.nightly.collection.relation import Known
 from loramill.registry import ArtifactStore, adapters, content, datasets, jobs
 from loramill.types import ContentSide, JobSpec, VersionRecord
 

@@ -17,7 +17,8 @@ from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
 from loramill.pipelines.nightly.collection.next_job import first_spec, next_spec
 from loramill.pipelines.nightly.collection.past import Past, find_past, known_content, read_rows, record_past
-from loramill.pipelines.nightly.collection.policy import Fate, Known, assign, near_held_out
+from loramill.pipelines.nightly.collection.policy import Fate, assign, near_held_out
+from loramill.pipelines.nightly.collection.relation import Known
 from loramill.pipelines.nightly.collection.rows import (
     CheckedRows,
     NewFile,
