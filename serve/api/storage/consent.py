@@ -24,7 +24,7 @@ class Storing:
     """A completion that is stored once it has ended.
 
     Attributes:
-        add: called with the record.
+        add: called with the completion.
     """
 
     add: Callable[[CompletionRecord], bool]

@@ -397,7 +397,7 @@ def test_the_definition_of_nightly_runs_is_checked_and_shown(running_gateway: Ru
         found = json_output("nightly", "status")
         assert len(found["next_times"]) == 3 and found["problems"] == []
         assert f"starts at {found['next_times'][0]}" in ok("nightly", "plan").stderr
-        file.write_text("schedul:\nsplit: {held_out: 7}\n")
+        file.write_text("schedules:\nsplit: {held_out: 7}\n")
         wrong = loramill("nightly", "validate")
         assert wrong.exit_code == 1
         lines = [line.partition(": ")[0] for line in wrong.stderr.splitlines() if line.startswith("nightly.yaml")]

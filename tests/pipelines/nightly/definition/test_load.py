@@ -78,7 +78,7 @@ def test_every_fault_is_reported_at_once_in_the_order_of_lines() -> None:
     ("text", "message"),
     [
         ("split:\n  held_outs: 0.2\n", "nightly.yaml:2: split.held_outs is not a key; did you mean held_out?"),
-        ("schedul:\n", "nightly.yaml:1: schedul is not a key; did you mean schedule?"),
+        ("schedules:\n", "nightly.yaml:1: schedules is not a key; did you mean schedule?"),
         ("notify:\n  zzz: 1\n", "nightly.yaml:2: notify.zzz is not a key; the keys are webhook, on."),
         ("train:\n  options:\n    rnk: 3\n", "nightly.yaml:3: train.options.rnk is not a key; did you mean rank?"),
         (

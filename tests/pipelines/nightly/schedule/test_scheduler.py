@@ -200,12 +200,12 @@ def test_an_interrupted_scheduled_run_is_resumed_after_a_pause(world: World) -> 
 def test_a_broken_file_is_logged_and_the_last_good_one_is_kept(world: World, caplog: pytest.LogCaptureFixture) -> None:
     scheduler = world.scheduler()
     scheduler.look()
-    world.write("schedul: {}\n")
+    world.write("schedules: {}\n")
     world.now = at("2026-06-02T02:00+02:00")
     scheduler.look()
     (process,) = world.processes
     assert process.definition.schedule.timezone == "Europe/Berlin"
-    assert "nightly.yaml:1: schedul is not a key; did you mean schedule?" in caplog.text
+    assert "nightly.yaml:1: schedules is not a key; did you mean schedule?" in caplog.text
     world.finish()
     world.write("schedule: {timezone: Europe/Berlin}\nbudget: {tokens: 5}\n")
     world.now += DAY
