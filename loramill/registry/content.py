@@ -1,4 +1,4 @@
-"""The content of adapters: which examples nightly runs have trained on, and which they hold out, over all nights."""
+"""The content of adapters: which examples nightly runs have trained on, and which they hold out, over all runs."""
 
 from __future__ import annotations
 

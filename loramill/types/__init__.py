@@ -46,6 +46,9 @@ from loramill.types.nightly import (
     NightlyStep,
     ScheduledTime,
     SetAsideData,
+    SourceFileRecord,
+    SourceProblem,
+    SourceScan,
     StepStatus,
 )
 from loramill.types.retention import Removal, RetentionPolicy
@@ -102,6 +105,9 @@ __all__ = [
     "Scope",
     "ServedQuantization",
     "SetAsideData",
+    "SourceFileRecord",
+    "SourceProblem",
+    "SourceScan",
     "StepStatus",
     "SweepCandidate",
     "TenantRecord",

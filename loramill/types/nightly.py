@@ -69,6 +69,43 @@ class ContentRecord(FrozenModel):
     used: bool = True
 
 
+class SourceFileRecord(FrozenModel):
+    """A file of an adapter's sources, as the last scan saw it.
+
+    Attributes:
+        state: size and time or ETag of the file.
+        settled: whether it was read in this state.
+        content: SHA-256 of what was read.
+        dataset: the dataset that it became.
+        error: why it became none.
+    """
+
+    adapter: str
+    url: str
+    state: str
+    settled: bool
+    content: str | None = None
+    dataset: str | None = None
+    error: str | None = None
+
+
+class SourceProblem(FrozenModel):
+    """A source, or a file of it, that could not be read."""
+
+    url: str = Field(description="URL of the source or the file.")
+    reason: str = Field(description="Why it could not be read.")
+
+
+class SourceScan(FrozenModel):
+    """What the scan of the sources of a nightly run found."""
+
+    added: int = Field(default=0, description="Number of files that became new data.")
+    waiting: tuple[str, ...] = Field(
+        default=(), description="Files that may still be written. The next run looks again."
+    )
+    problems: tuple[SourceProblem, ...] = Field(default=(), description="What could not be read.")
+
+
 class StepStatus(StrEnum):
     """Status of one step of a nightly run."""
 
@@ -95,6 +132,7 @@ class NightlyRun(FrozenModel):
         finished_at: None while it is open.
         holder: the process that works on it, or the last one that did.
         lease_until: until when it is only that process's; None if no process works on it.
+        sources: what the scan of its sources found; None while it has not ended.
     """
 
     id: str
@@ -102,6 +140,7 @@ class NightlyRun(FrozenModel):
     finished_at: float | None = None
     holder: str | None = None
     lease_until: float | None = None
+    sources: SourceScan | None = None
 
 
 class ScheduledTime(FrozenModel):

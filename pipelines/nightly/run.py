@@ -23,8 +23,9 @@ from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.promote import gate_all, promote_all
 from loramill.pipelines.nightly.schedule.lease import leased_run
 from loramill.pipelines.nightly.sources.feedback import add_feedback
+from loramill.pipelines.nightly.sources.files import scan_sources
 from loramill.pipelines.nightly.train import train_all
-from loramill.registry import Registry, nightly
+from loramill.registry import Registry, nightly, sources
 from loramill.settings import Settings
 from loramill.types import NightlyRun, NightlyStep, StepStatus
 
@@ -64,6 +65,8 @@ def run_nightly(
 
 def _run_stages(context: NightlyContext) -> NightlyRun:
     registry, run = context.registry, context.run
+    if run.sources is None:
+        _scan(context)
     with registry.reading() as session:
         adapters_with_data = {data.adapter for data in nightly.pending_data(session)}
     seen = adapters_with_data | {step.adapter for step in context.steps()}
@@ -82,6 +85,14 @@ def _run_stages(context: NightlyContext) -> NightlyRun:
     with registry.writing() as session:
         context.check_lease(session)
         return nightly.finish_run(session, run.id)
+
+
+def _scan(context: NightlyContext) -> None:
+    """Scans the sources and records the result; a run that is killed before scans again, and adds nothing twice."""
+    found = scan_sources(context.registry, context.definition)
+    with context.registry.writing() as session:
+        context.check_lease(session)
+        sources.record_scan(session, context.run.id, found)
 
 
 def deleted_adapters(context: NightlyContext, seen: Collection[str]) -> list[NightlyStep]:

@@ -56,7 +56,8 @@ def run(json: JsonFlag = False) -> None:
     found = _print_run(registry, nightly_run, json, deleted)
     if stopped is not None and not json:
         print_message(stopped.message, style="red")
-    if stopped is not None or not succeeded(found):
+    unread = nightly_run.sources is not None and nightly_run.sources.problems
+    if stopped is not None or unread or not succeeded(found):
         raise typer.Exit(1)
 
 
@@ -236,6 +237,11 @@ def _print_run(
     if found:
         columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
+    scan = nightly_run.sources
+    for problem in scan.problems if scan is not None else ():
+        print_message(f"{problem.url} could not be read: {first_lines(problem.reason)}", style="red")
+    for url in scan.waiting if scan is not None else ():
+        print_message(f"{url} may still be written: the next nightly run looks again.")
     for notes in filter(None, map(collection_notes, found)):
         print_message(notes)
     for each in aside:

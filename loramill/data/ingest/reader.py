@@ -65,17 +65,26 @@ class RowReader:
         if table.columns is not None:
             self._choose_format(table.columns)
 
-    def read(self, raw: bytes | None) -> PreparedSource:
-        """Converts all rows; `raw` is a JSONL source, which is returned unchanged if no line has to change."""
+    def read(self, raw: bytes | None, *, keep_bad_rows: bool = False) -> PreparedSource:
+        """Converts all rows.
+
+        Args:
+            raw: a JSONL source, which is returned unchanged if no line has to change.
+            keep_bad_rows: keep bad rows as they are; otherwise they are an error.
+        """
         lines: list[str] = []
         last, changed = 0, raw is None
         for number, row in self._table.rows:
             line, same = self._line(number, row)
             changed = changed or not same
             lines += [""] * (number - last - 1)
-            lines.append(json.dumps(line, ensure_ascii=False) if line is not None else "")
+            if line is not None:
+                lines.append(json.dumps(line, ensure_ascii=False))
+            else:
+                lines.append(_as_it_is(row) if keep_bad_rows else "")
             last = number
-        self._problems.raise_if_any()
+        if not keep_bad_rows:
+            self._problems.raise_if_any()
         if self._format is None:
             raise DatasetInvalid(f"{self._table.name} is empty; it has no examples.")
         content = "".join(f"{line}\n" for line in lines).encode() if changed or raw is None else raw
@@ -160,6 +169,13 @@ class RowReader:
                 f"{self._table.name}: {', '.join(dated)} holds dates, which became text such as 2024-03-01T00:00:00."
             )
         return tuple(found)
+
+
+def _as_it_is(row: Any) -> str:
+    """A row as a line that is as wrong as the row."""
+    if isinstance(row, bytes):
+        return row.decode("utf-8", "backslashreplace")
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 def _check_json(field: str, value: Any, where: str = "it") -> None:

@@ -20,27 +20,30 @@ _DELIMITED = (".csv", ".tsv", ".tab", ".psv")
 _JSON = (".jsonl", ".ndjson", ".json")
 
 
-def read_source(source: str | Path, columns: Columns = None, *, columns_optional: bool = False) -> PreparedSource:
+def read_source(
+    source: str | Path, columns: Columns = None, *, columns_optional: bool = False, keep_bad_rows: bool = False
+) -> PreparedSource:
     """Reads examples.
 
     Args:
         source: a path, or `hf:…`.
         columns: {field: column}, if the columns don't have the names of a known format.
         columns_optional: use `columns` only if the source has them, and recognize its columns otherwise.
+        keep_bad_rows: keep rows that are incomplete or wrong as they are, for a reader that checks each line.
 
     Raises:
         InvalidRequest: the source can't be read, or `columns` does not make an example.
         DatasetInvalid: rows are incomplete or wrong; `problems` has the row or line (from 1) and column of each.
     """
     if str(source).startswith(HUB):
-        return RowReader(read_hub(str(source)), columns, columns_optional).read(None)
+        return RowReader(read_hub(str(source)), columns, columns_optional).read(None, keep_bad_rows=keep_bad_rows)
     path = Path(source)
     if path.is_dir():
-        return RowReader(read_folder(path), columns, columns_optional).read(None)
+        return RowReader(read_folder(path), columns, columns_optional).read(None, keep_bad_rows=keep_bad_rows)
     raw = read_bytes(path)
     table = _open(path, raw)
     return RowReader(table, columns, columns_optional).read(
-        raw if table.kind == "JSONL" and detect_kind(raw) is None else None
+        raw if table.kind == "JSONL" and detect_kind(raw) is None else None, keep_bad_rows=keep_bad_rows
     )
 
 

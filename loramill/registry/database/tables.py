@@ -290,6 +290,8 @@ class NightlyRunRow(TableBase):
     finished_at: Mapped[float | None]
     holder: Mapped[str | None]
     lease_until: Mapped[float | None]
+    #: What the scan of its sources found, a `SourceScan`; null if it has not ended.
+    sources: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class NightlyTimeRow(TableBase):
@@ -354,8 +356,8 @@ class SourceFileRow(TableBase):
     """A file that a scan of an adapter's sources has seen.
 
     `state` is that of storage (size and time or ETag), and `settled` whether the file was read in this state: a file
-    that may still be written waits. `content` is the SHA-256 of what was read. `dataset` is what it became, `error` why
-    it became none.
+    that may still be written waits. `content` is the SHA-256 of what was read. `dataset` is the dataset that it became;
+    null if the error kept it from that.
     """
 
     __tablename__ = "source_files"

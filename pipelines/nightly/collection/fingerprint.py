@@ -35,8 +35,8 @@ class Fingerprint:
 
     Attributes:
         digest: equal for two examples whose content differs at most in case, white space and Unicode forms.
-        sketch: sorted hashes of what is said and answered; instructions of the system and tools are left out, since
-            all examples of an adapter may share them.
+        sketch: sorted hashes of the messages' trigrams; instructions of the system and tools are left out, since all
+            examples of an adapter may share them.
     """
 
     digest: str
@@ -66,17 +66,17 @@ def digest(example: Example) -> str:
 
 
 def dialog(example: Example) -> str:
-    """What is said in an example, normalized, without the system's instructions."""
+    """The messages of an example as one text, normalized, without the system's instructions."""
     if example.prompt is not None:
         return f"{normalize(example.prompt)}\n{normalize(example.completion)}"
-    said = []
+    messages = []
     for message in example.messages:
         if message["role"] not in ("system", "developer"):
             calls = [
                 (call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls", [])
             ]
-            said.append(normalize(answer_text(message["content"], calls)))
-    return "\n".join(said)
+            messages.append(normalize(answer_text(message["content"], calls)))
+    return "\n".join(messages)
 
 
 def sketches(texts: Sequence[str]) -> list[Sketch]:

@@ -1,6 +1,6 @@
 """Decides which new examples are trained on, held out, or left out. A pure function of their content and of the past.
 
-The rules, over all nights, files and sources of an adapter:
+The rules, over all runs, files and sources of an adapter:
 
 - A held-out example, or a near-duplicate of one, is never trained on.
 - What was trained on, or is a near-duplicate of it, is never held out: a champion that has seen an example would be
@@ -8,7 +8,7 @@ The rules, over all nights, files and sources of an adapter:
 - Near-duplicates that arrive together are on one side. The connected components of the relation are kept whole, since
   A may resemble B and B resemble C without A resembling C.
 - The components to hold out are chosen by their smallest digest, so that neither the order of examples nor files
-  matters. A decision is recorded, so that it holds in all later nights.
+  matters. A decision is recorded, so that it holds in all later runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads the rows of new data one by one; a row that is no valid example is quarantined with its reason."""
+"""Reads the rows of new data one by one; a row that is not a valid example is quarantined with its reason."""
 
 from __future__ import annotations
 

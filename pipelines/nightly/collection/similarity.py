@@ -15,7 +15,7 @@ from rensa import RMinHash, RMinHashLSH
 
 from loramill.pipelines.nightly.collection.fingerprint import SKETCH_SIZE, Sketch
 
-#: A trigram is common if this share of the examples has it, and at least so many of them.
+#: A trigram is common if this share of the examples has it, and at least this number of them.
 COMMON_SHARE = 0.2
 COMMON_EXAMPLES = 10
 #: With fewer specific trigrams, an example counts as a whole: copies that are edited here and there have trigrams in

@@ -1,4 +1,4 @@
-"""What is trained on and held out: the rules, over sequences of nights."""
+"""What is trained on and held out: the rules, over sequences of nightly runs."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def similarity(a: str, b: str) -> float:
 
 
 @dataclass
-class Nights:
-    """An adapter over several nights: what was trained on and held out so far."""
+class History:
+    """An adapter over several nightly runs: what was trained on and held out so far."""
 
     train: dict[str, str] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
@@ -73,18 +73,18 @@ def texts(found: Sequence[Fingerprint], fates: Sequence[Fate], fate: Fate) -> se
     return {each.digest for each, decided in zip(found, fates, strict=True) if decided is fate}
 
 
-# Sentences, repeated and edited, so that nights share content and near-duplicates.
+# Sentences, repeated and edited, so that runs share content and near-duplicates.
 content = st.tuples(st.integers(0, 8), st.integers(0, 4)).map(
     lambda each: edited(each[0], each[1] * 17) if each[1] else sentence(each[0])
 )
-night = st.tuples(st.lists(content, max_size=12), st.lists(content, max_size=3))
+nightly_data = st.tuples(st.lists(content, max_size=12), st.lists(content, max_size=3))
 
 
 @settings(deadline=None)
-@given(nights=st.lists(night, min_size=1, max_size=4))
-def test_no_held_out_example_or_near_duplicate_is_ever_trained(nights: list[tuple[list[str], list[str]]]) -> None:
-    past = Nights()
-    for train, valid in nights:
+@given(nightly_runs=st.lists(nightly_data, min_size=1, max_size=4))
+def test_no_held_out_example_or_near_duplicate_is_ever_trained(nightly_runs: list[tuple[list[str], list[str]]]) -> None:
+    past = History()
+    for train, valid in nightly_runs:
         past.run(train, valid)
         assert not past.train.keys() & past.held.keys()
         for held in past.held.values():
@@ -93,10 +93,12 @@ def test_no_held_out_example_or_near_duplicate_is_ever_trained(nights: list[tupl
 
 
 @settings(deadline=None)
-@given(nights=st.lists(night, min_size=1, max_size=3))
-def test_every_row_has_one_fate_and_only_new_content_has_a_side(nights: list[tuple[list[str], list[str]]]) -> None:
-    past = Nights()
-    for train, valid in nights:
+@given(nightly_runs=st.lists(nightly_data, min_size=1, max_size=3))
+def test_every_row_has_one_fate_and_only_new_content_has_a_side(
+    nightly_runs: list[tuple[list[str], list[str]]],
+) -> None:
+    past = History()
+    for train, valid in nightly_runs:
         before = {*past.train, *past.held}
         fates = past.run(train, valid)
         assert [len(each) for each in fates] == [len(train), len(valid)]
@@ -113,7 +115,7 @@ def test_every_row_has_one_fate_and_only_new_content_has_a_side(nights: list[tup
 @given(train=st.lists(content, max_size=14, unique=True), order=st.randoms())
 def test_the_order_of_examples_changes_nothing(train: list[str], order: random.Random) -> None:
     shuffled = order.sample(train, len(train))
-    first, second = Nights(), Nights()
+    first, second = History(), History()
     first.run(train)
     second.run(shuffled)
     assert (first.train, first.held) == (second.train, second.held)
@@ -122,7 +124,7 @@ def test_the_order_of_examples_changes_nothing(train: list[str], order: random.R
 @settings(deadline=None)
 @given(train=st.lists(content, max_size=14), more=st.lists(content, max_size=6))
 def test_released_data_keeps_its_sides(train: list[str], more: list[str]) -> None:
-    past = Nights()
+    past = History()
     past.run(train)
     sides = (dict(past.train), dict(past.held))
     past.released = frozenset({*past.train, *past.held})
@@ -133,8 +135,8 @@ def test_released_data_keeps_its_sides(train: list[str], more: list[str]) -> Non
     assert all(texts(found, fates[: len(train)], fate) == side for fate, side in again.items())
 
 
-def test_a_leak_of_an_earlier_night_is_removed_verbatim_and_edited() -> None:
-    past = Nights()
+def test_a_leak_of_an_earlier_run_is_removed_verbatim_and_edited() -> None:
+    past = History()
     past.run([sentence(i) for i in range(40)])
     held = sorted(past.held.values())
     assert len(held) == 4
@@ -146,15 +148,15 @@ def test_a_leak_of_an_earlier_night_is_removed_verbatim_and_edited() -> None:
 
 
 def test_what_was_trained_on_is_never_held_out() -> None:
-    past = Nights(train={each.digest: sentence(0) for each in fingerprints([example(sentence(0))])})
+    past = History(train={each.digest: sentence(0) for each in fingerprints([example(sentence(0))])})
     fates, valid = past.run([edited(0, 5), edited(0, 30)], [sentence(0), edited(0, 60), sentence(1)])
     assert valid == [Fate.TRAINED, Fate.TRAINED, Fate.HELD_OUT]
     assert fates == [Fate.TRAIN, Fate.TRAIN]
-    assert Nights(train=past.train).run([edited(0, 7), edited(0, 40)])[0] == [Fate.TRAIN, Fate.TRAIN]
+    assert History(train=past.train).run([edited(0, 7), edited(0, 40)])[0] == [Fate.TRAIN, Fate.TRAIN]
 
 
-def test_a_validation_example_is_not_trained_on_the_same_night() -> None:
-    fates, valid = Nights().run([sentence(0), edited(0, 30), sentence(1)], [sentence(0)])
+def test_a_validation_example_is_not_trained_on_in_the_same_run() -> None:
+    fates, valid = History().run([sentence(0), edited(0, 30), sentence(1)], [sentence(0)])
     assert (fates, valid) == ([Fate.LEAKED, Fate.LEAKED, Fate.TRAIN], [Fate.HELD_OUT])
 
 
@@ -166,7 +168,7 @@ def test_near_duplicates_in_a_chain_are_on_one_side() -> None:
         letters[at] = "z"
         chain.append("".join(letters))
     assert similarity(chain[0], chain[-1]) < THRESHOLD < similarity(chain[0], chain[1])
-    fates, _ = Nights().run([*chain, *(sentence(i) for i in range(20, 60))])
+    fates, _ = History().run([*chain, *(sentence(i) for i in range(20, 60))])
     assert len(set(fates[: len(chain)])) == 1
 
 
@@ -177,13 +179,13 @@ def test_examples_that_fill_one_template_are_not_near_duplicates() -> None:
         "payment. Answer with the label alone, in lower case and without a full stop. Message: "
     )
     train = [f"{template}{sentence(i)[:20]}" for i in range(60)]
-    fates, _ = Nights().run(train)
+    fates, _ = History().run(train)
     assert fates.count(Fate.HELD_OUT) == 6
     assert similarity(train[0], train[1]) > THRESHOLD
 
 
 def test_similar_text_without_spaces_is_found() -> None:
-    past = Nights()
+    past = History()
     past.run(["注文した商品がまだ届いていないので、配送状況を調べてもらえますか。", *(sentence(i) for i in range(9))])
     text = "注文した商品がまだ届いていないので、配送状況を調べてもらえますか…"
     near = [*past.train.values(), *past.held.values()]

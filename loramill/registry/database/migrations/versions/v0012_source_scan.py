@@ -1,0 +1,13 @@
+"""What the scan of a nightly run's sources found."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0012"
+down_revision: str | None = "0011"
+
+
+def upgrade() -> None:
+    op.add_column("nightly_runs", sa.Column("sources", sa.JSON()))

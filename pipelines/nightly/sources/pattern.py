@@ -1,0 +1,64 @@
+"""The URL of a source with its placeholders, as a glob for fsspec and as the names that a path contains. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from loramill.errors import InvalidRequest
+from loramill.names import AdapterName
+from loramill.pipelines.nightly.definition import matches
+
+_PARTS = re.compile(r"\{(?P<name>tenant|adapter)\}|(?P<glob>\*\*|\*|\?|\[[^\]]*\])|(?P<text>.[^{*?\[]*)", re.DOTALL)
+_GLOBS = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def glob_of(url: str) -> str:
+    """A URL with a star for each placeholder."""
+    return url.replace("{tenant}", "*").replace("{adapter}", "*")
+
+
+def names_in(pattern: str, path: str) -> Mapping[str, str] | None:
+    """The tenant and the adapter that a path has in the place of a pattern's placeholders; None if it doesn't match."""
+    found = re.fullmatch(_expression(pattern), path, re.DOTALL)
+    return None if found is None else found.groupdict()
+
+
+def owners(names: Mapping[str, str], globs: Iterable[str], adapters: Iterable[str]) -> list[AdapterName]:
+    """The adapters that a file is for.
+
+    Args:
+        names: what its path names.
+        globs: those of the source.
+        adapters: the existing adapters; one that does not exist yet must be named by the path, or literally by a glob.
+    """
+    wanted = tuple(globs)
+    if len(names) == 2:
+        candidates = [f"{names['tenant']}/{names['adapter']}"]
+    else:
+        candidates = sorted({*adapters, *(glob for glob in wanted if not set("*?[") & set(glob))})
+    found = []
+    for candidate in candidates:
+        if not matches(candidate, wanted):
+            continue
+        try:
+            name = AdapterName.parse(candidate)
+        except InvalidRequest:
+            continue  # a folder beside those of adapters, such as .cache
+        if all(getattr(name, part) == value for part, value in names.items()):
+            found.append(name)
+    return found
+
+
+def _expression(pattern: str) -> str:
+    parts, named = [], set[str]()
+    for part in _PARTS.finditer(pattern):
+        name, glob, text = part["name"], part["glob"], part["text"]
+        if name:
+            parts.append(f"(?P={name})" if name in named else f"(?P<{name}>[^/]+)")
+            named.add(name)
+        elif glob:
+            parts.append(_GLOBS.get(glob, glob))
+        else:
+            parts.append(re.escape(text))
+    return "".join(parts)
