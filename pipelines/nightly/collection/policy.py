@@ -46,47 +46,61 @@ def assign(
     }
     valid_fates = _exact_fates(valid, table, training=False)
     new_valid = {each.digest for each, fate in zip(valid, valid_fates, strict=True) if fate is None}
-    train_fates = _exact_fates(train, table, training=True, validation=new_valid)
-    fates = [*valid_fates, *train_fates]
+    # Examples of both kinds have one numbering: those of validation files come first.
+    examples = [*valid, *train]
+    fates = [*valid_fates, *_exact_fates(train, table, training=True, validation=new_valid)]
     undecided = [index for index, fate in enumerate(fates) if fate is None]
-    relation = Relation([*valid, *train], undecided, known, rules.near_duplicate)
+    relation = Relation(examples, undecided, known, rules.near_duplicate)
 
-    for index in relation.open(range(len(valid))):
-        near = relation.near_known(index, ContentSide.TRAIN)
-        valid_fates[index] = Fate.TRAINED if near else Fate.HELD_OUT
-    held = [index for index, fate in enumerate(valid_fates) if fate is Fate.HELD_OUT]
-    decided = {each.digest: table[each.digest][0] for each in train if each.digest in table}
-    # Examples of a run whose data was released keep their side.
-    again = [
-        len(valid) + index
-        for index, each in enumerate(train)
-        if train_fates[index] is None and decided.get(each.digest) is ContentSide.HELD_OUT
-    ]
-    relation.hold_out([*held, *again])
-    rest = []
-    for index in relation.open(range(len(valid), len(valid) + len(train))):
-        if index in again:
-            train_fates[index - len(valid)] = Fate.HELD_OUT
-        elif relation.near_held_out(index):
-            train_fates[index - len(valid)] = Fate.LEAKED
+    to_train = []
+    for index in undecided:
+        # Examples of a run whose data was released keep their side.
+        side, _ = table.get(examples[index].digest, (None, False))
+        if index < len(valid):
+            fates[index] = Fate.TRAINED if relation.near_known(index, ContentSide.TRAIN) else Fate.HELD_OUT
+        elif side is ContentSide.HELD_OUT:
+            fates[index] = Fate.HELD_OUT
         else:
-            rest.append(index)
-    chosen: Collection[int] = ()
-    if not held:
-        eligible = [
-            component
-            for component in relation.components(rest)
-            if not any(
-                train[index - len(valid)].digest in decided or relation.near_known(index, ContentSide.TRAIN)
-                for index in component
-            )
-        ]
-        target = held_out_count(len(rest) + len(again), rules.held_out) - len(again)
-        keys = {index: train[index - len(valid)].digest for index in rest}
-        chosen = choose_held_out(eligible, keys, target)
-    for index in rest:
-        train_fates[index - len(valid)] = Fate.HELD_OUT if index in chosen else Fate.TRAIN
-    return [fate or Fate.TRAIN for fate in train_fates], [fate or Fate.HELD_OUT for fate in valid_fates]
+            to_train.append(index)
+    held = [index for index in undecided if fates[index] is Fate.HELD_OUT]
+    relation.hold_out(held)
+    for index in to_train:
+        fates[index] = Fate.LEAKED if relation.near_held_out(index) else Fate.TRAIN
+    if not any(index < len(valid) for index in held):
+        rest = [index for index in to_train if fates[index] is Fate.TRAIN]
+        for index in _new_held_out(examples, rest, len(held), set(table), relation, rules.held_out):
+            fates[index] = Fate.HELD_OUT
+    decided = [fate for fate in fates if fate is not None]
+    return decided[len(valid) :], decided[: len(valid)]
+
+
+def _new_held_out(
+    examples: Sequence[Fingerprint],
+    rest: Sequence[int],
+    already: int,
+    decided: Collection[str],
+    relation: Relation,
+    share: float,
+) -> set[int]:
+    """Which of the examples that could be trained on are held out instead.
+
+    Args:
+        examples: all new examples.
+        rest: the numbers of those that could be trained on.
+        already: number of other new examples that are held out.
+        decided: digests of examples whose side was decided before.
+        relation: how the examples resemble each other and the past.
+        share: the share to hold out.
+    """
+
+    def eligible(component: Sequence[int]) -> bool:
+        return not any(
+            examples[index].digest in decided or relation.near_known(index, ContentSide.TRAIN) for index in component
+        )
+
+    target = held_out_count(len(rest) + already, share) - already
+    components = [component for component in relation.components(rest) if eligible(component)]
+    return choose_held_out(components, {index: examples[index].digest for index in rest}, target)
 
 
 def near_held_out(

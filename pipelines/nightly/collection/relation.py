@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,10 +97,6 @@ class Relation:
             for side in ContentSide
         }
         self._held: set[int] = set()
-
-    def open(self, indices: Iterable[int]) -> list[int]:
-        """Those whose fate is open."""
-        return [index for index in indices if index in self._trigrams]
 
     def near_known(self, index: int, side: ContentSide) -> bool:
         """Whether a known example of this side resembles a new one."""
