@@ -23,7 +23,9 @@ from loramill_bench.results import Result
 #: CPU seconds per adapter for the whole run without training and evaluation.
 OVERHEAD_SECONDS = 0.05
 _ADAPTERS, _KNOWN, _NEW = 300, 500, 50
-_WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "ru", "te") for b in ("n", "r", "st", "l") for c in ("a", "e", "o", "u")]
+_WORDS = [
+    f"{a}{b}{c}" for a in ("ka", "lo", "mi", "ru", "te") for b in ("n", "r", "st", "l") for c in ("a", "e", "o", "u")
+]
 
 
 def results(report: Callable[[str], object]) -> list[Result]:

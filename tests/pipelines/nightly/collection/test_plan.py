@@ -164,6 +164,56 @@ def test_a_first_version_is_trained_from_scratch(registry: Registry, base: Base)
     assert len(rows_of(registry, spec.train)) + len(rows_of(registry, plan["slices"]["new"])) == len(NEW)
 
 
+#: Messages in the shape of an intent data set: one instruction for all, a short message, a label.
+MESSAGES = [
+    f"{begin} {what} {end}"
+    for begin in ("could you please tell me about", "i have a question regarding", "help, something is wrong with")
+    for what in ("the balance of my savings account", "a transfer to my landlord", "the card that i lost on monday")
+    for end in ("before the end of this month", "while i travel through portugal", "since your app shows an error", "")
+]
+
+
+def intent(message: str) -> bytes:
+    system = {"role": "system", "content": "You label the messages of a bank's customers with one of fifteen intents."}
+    dialog = [{"role": "user", "content": message}, {"role": "assistant", "content": "banking"}]
+    return json.dumps({"messages": [system, *dialog]}).encode()
+
+
+def test_a_leak_into_a_later_run_is_removed_and_counted(registry: Registry, base: Base) -> None:
+    first = collected(registry, base, [intent(each) for each in MESSAGES[:24]], None)
+    held = rows_of(registry, first["slices"]["new"])
+    assert (first["counts"]["train"], first["counts"]["held_out"], len(held)) == (22, 2, 2)
+    verbatim, edited = (json.loads(row)["messages"][1]["content"] for row in held)
+    with registry.writing() as session:
+        nightly.finish_run(session, nightly.open_run(session).id)
+    leaks = [intent(verbatim.upper()), intent(edited.replace("e", "ee", 1))]
+    second = collected(registry, base, [*leaks, *(intent(each) for each in MESSAGES[24:])], None)
+    counts = second["counts"]
+    assert (counts["leaked"], counts["repeated"], counts["train"] + counts["held_out"]) == (2, 0, 12)
+    trained = {json.loads(row)["messages"][1]["content"].lower() for row in rows_of(registry, second["spec"]["train"])}
+    assert not trained & {verbatim, edited, edited.replace("e", "ee", 1)}
+
+
+def test_the_validation_file_of_an_older_champion_is_held_out(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    plan = collected(registry, base, [*NEW, *OLD_VALID[:3], *OLD[:2]], None)
+    counts = plan["counts"]
+    assert (counts["leaked"], counts["repeated"]) == (3, 2)
+    assert not set(rows_of(registry, plan["spec"]["train"])) & set(OLD_VALID)
+
+
+def test_the_order_of_files_and_rows_changes_no_dataset(registry: Registry, base: Base) -> None:
+    plan = collected(registry, base, NEW, None)
+    with registry.writing() as session:
+        run = nightly.list_runs(session)[0]
+        nightly.release(session, run.id, NAME)
+        nightly.drop(session, NAME)
+        nightly.finish_run(session, run.id)
+    again = collected(registry, base, NEW[::-1], None)
+    assert rows_of(registry, plan["spec"]["train"]) == rows_of(registry, again["spec"]["train"])
+    assert rows_of(registry, plan["slices"]["new"]) == rows_of(registry, again["slices"]["new"])
+
+
 answers = st.lists(st.integers(0, 50), min_size=2, max_size=40).map(lambda ns: [row(str(n), "x") for n in ns])
 
 
