@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
@@ -27,6 +28,7 @@ from loramill.client import Client
 from loramill.durations import format_duration
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.definition import NightlyDefinition, OverrideDefinition
+from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.serve.api.app import build_api
 from loramill.settings import Settings
 from loramill.submission.options import JobOptions
@@ -236,6 +238,59 @@ def key_default(field: FieldInfo) -> str:
     return code("{}") if isinstance(value, BaseModel) else default_text("", field)
 
 
+# The report of nightly runs.
+
+
+def report_page() -> str:
+    """Every field of nightly-report.json."""
+    intro = (
+        "`loramill nightly report --json` prints this object, and each run writes it to `nightly-report.json`; "
+        "[Retrain every night](../howto/nightly.md#the-report) explains the report. "
+        "What was not recorded is null or empty. The report contains no prompts and no answers. New fields may be "
+        "added; `version` changes when a field is removed or gets another meaning."
+    )
+    parts = [
+        "\n\n".join([f"## {model.__name__}", docstring(model), table(("field", "type", ""), report_rows(model))])
+        for model in report_models(NightlyReport)
+    ]
+    return page("nightly-report.json", intro, *parts)
+
+
+def report_rows(model: type[BaseModel]) -> list[tuple[str, str, str]]:
+    """A row per field."""
+    fields = model.model_fields.items()
+    return [(code(name), report_type(field.annotation), field.description or "") for name, field in fields]
+
+
+def report_models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """A model and those that its fields contain, each once."""
+    below = [each for field in model.model_fields.values() for each in contained_models(field.annotation)]
+    return list(dict.fromkeys([model, *(found for each in below for found in report_models(each))]))
+
+
+def contained_models(annotation: Any) -> list[type[BaseModel]]:
+    """The models in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for each in get_args(annotation) for found in contained_models(each)]
+
+
+def report_type(annotation: Any) -> str:
+    """A type of the report: models are links to their sections."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join("null" if each is type(None) else report_type(each) for each in arguments)
+    if origin is tuple:
+        return f"list of {report_type(arguments[0])}"
+    if origin is dict:
+        return f"{report_type(arguments[1])} by name"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return ", ".join(code(value) for value in annotation)
+    return annotation_text(annotation)
+
+
 # Errors.
 
 
@@ -423,6 +478,7 @@ PAGES = {
     "cli.md": cli_page,
     "settings.md": settings_page,
     "nightly.md": nightly_page,
+    "nightly-report.md": report_page,
     "errors.md": errors_page,
     "http-api.md": api_page,
     "python-client.md": client_page,

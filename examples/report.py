@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from loramill.pipelines.nightly.questions import EvalAnswer
+from loramill.pipelines.nightly.report.html import make_environment
+from loramill.pipelines.nightly.report.plot import plot_losses
 from loramill.pipelines.nightly.scoring import Score
 
-#: The plot's place in its SVG: left, top, right, bottom.
-LEFT, TOP, RIGHT, BOTTOM = 66.0, 10.0, 408.0, 146.0
-#: Losses below are drawn here: on a logarithmic axis there is no zero.
-LEAST_LOSS = 1e-3
 ROLES = ("base", "champion", "challenger")
 
 
@@ -141,95 +136,33 @@ def write_report(
     seconds: float,
 ) -> None:
     """Writes the page; it needs no network and no other file."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     good, sentences = verdict(rows, nightly_results)
-    page = environment.from_string(PAGE).render(
-        base=base,
-        good=good,
-        sentences=sentences,
-        rows=rows,
-        runs=[(run, plot(run.curve)) for run in runs],
-        samples=samples,
-        nightly_results=nightly_results,
-        roles=ROLES,
-        minutes=seconds / 60,
-        date=time.strftime("%Y-%m-%d %H:%M"),
+    page = (
+        make_environment()
+        .from_string(PAGE)
+        .render(
+            base=base,
+            good=good,
+            sentences=sentences,
+            rows=rows,
+            runs=[(run, plot_losses(run.curve.train, run.curve.valid)) for run in runs],
+            samples=samples,
+            nightly_results=nightly_results,
+            roles=ROLES,
+            minutes=seconds / 60,
+            date=time.strftime("%Y-%m-%d %H:%M"),
+        )
     )
     path.write_text(page, encoding="utf-8")
 
 
-def plot(curve: Curve) -> dict[str, Any]:
-    """A loss curve in the coordinates of its SVG: polylines, whole steps on one axis, decades of loss on the other."""
-    losses = [max(LEAST_LOSS, loss) for loss in (*curve.train.values(), *curve.valid.values())] or [1.0]
-    last = max(curve.train, default=1)
-    low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)))
-    high = max(high, low + 1)
-
-    def x(step: float) -> float:
-        return LEFT + (RIGHT - LEFT) * step / last
-
-    def y(loss: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (math.log10(max(LEAST_LOSS, loss)) - low) / (high - low)
-
-    def line(points: Mapping[int, float]) -> str:
-        return " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in sorted(points.items()))
-
-    return {
-        "train": line(curve.train),
-        "valid": line(curve.valid),
-        "valid_points": [(x(step), y(loss)) for step, loss in curve.valid.items()],
-        "losses": [(y(10.0**power), f"{10.0**power:g}") for power in range(low, high + 1)],
-        "steps": [(x(step), step) for step in whole_steps(last)],
-    }
-
-
-def whole_steps(last: int) -> list[int]:
-    """At most seven round numbers of steps from 0 to `last`."""
-    units = (unit * 10**power for power in range(9) for unit in (1, 2, 5))
-    unit = next(unit for unit in units if last / unit <= 6)
-    return list(range(0, last + 1, unit))
-
-
-PAGE = """<!doctype html>
+PAGE = """{% from "charts.html" import loss_chart, loss_legend %}
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>loramill demo</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
- :root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --muted: #57606a; --line: #d0d7de; --card: #f6f8fa;
-  --good: #116329; --bad: #b3261e; --warn: #8a4600; --own: #1d4ed8; --valid: #b45309; }
- @media (prefers-color-scheme: dark) { :root { --page: #0f1318; --text: #e6e9ec; --muted: #a9b2bb; --line: #39424c;
-  --card: #181e25; --good: #5fd38a; --bad: #ff9d94; --warn: #f5b556; --own: #8ab4ff; --valid: #f5b556; } }
- * { box-sizing: border-box; }
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem;
-  background: var(--page); color: var(--text); overflow-wrap: break-word; }
- h2 { margin: 2.5rem 0 .5rem; } .note { color: var(--muted); font-size: 14px; margin: .5rem 0; }
- .verdict { border: 1px solid var(--line); border-left: 6px solid var(--bad); background: var(--card);
-  padding: .8rem 1rem; border-radius: 6px; font-size: 18px; }
- .verdict.pass { border-left-color: var(--good); } .verdict p { margin: .3rem 0; }
- table { border-collapse: collapse; width: 100%; }
- th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
- thead th { color: var(--muted); font-weight: 600; } tbody th { font-weight: 600; }
- .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
- .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
- .badge { display: inline-block; color: var(--warn); border: 1px solid; border-radius: 4px; padding: 0 .4em;
-  font-weight: 600; }
- .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
- .card, figure { border: 1px solid var(--line); border-radius: 6px; background: var(--card); margin: 0;
-  padding: .7rem 1rem; min-width: 0; }
- figcaption, .card h3 { font-size: 16px; font-weight: 600; margin: 0 0 .3rem; }
- svg { width: 100%; display: block; } svg text { font-size: 12px; fill: var(--muted); }
- .key { display: inline-block; width: 1.4em; height: 3px; vertical-align: middle; margin: 0 .3em 0 1em; }
- dl { margin: 0; } dt { color: var(--muted); font-size: 14px; } dd { margin: 0 0 .4rem; }
- code { font-size: 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
- @media (max-width: 640px) {
-  body { margin: 1rem auto; } svg text { font-size: 15px; } .verdict { font-size: 16px; }
-  table, tbody, tr, td, tbody th { display: block; } thead { display: none; }
-  tr { border: 1px solid var(--line); border-radius: 6px; background: var(--card); padding: .5rem .8rem;
-   margin: .6rem 0; }
-  td, tbody th { border: 0; padding: .1rem 0; text-align: left; white-space: normal; }
-  td { display: flex; gap: 1rem; justify-content: space-between; }
-  td::before { content: attr(data-label); color: var(--muted); flex: none; } td.n { text-align: right; }
-  td.wide { display: block; } td.wide::before { display: block; }
- }
+{% include "style.css" %}
+
 </style></head><body>
 <h1>loramill demo</h1>
 <div class="verdict {{ 'pass' if good }}">
@@ -267,26 +200,11 @@ other adapter; where exact match is equal, token F1 decides.</p>
 {% endfor %}
 </tbody></table>
 <p class="note">Time from a job's start to its version; jobs that train at once share the machine.</p>
-<p><span class="key" style="background:var(--own);margin-left:0"></span>training loss
-<span class="key" style="background:var(--valid)"></span>validation loss</p>
+{{ loss_legend() }}
 <div class="grid">
 {% for run, plot in runs %}
 <figure><figcaption>{{ run.adapter }}</figcaption>
-<svg viewBox="0 0 420 184" role="img" aria-label="loss of {{ run.adapter }} by step, logarithmic">
-{% for y, label in plot.losses %}
-<line x1="66" x2="408" y1="{{ y }}" y2="{{ y }}" stroke="var(--line)"/>
-<text x="61" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
-{% endfor %}
-{% for x, label in plot.steps %}
-<text x="{{ x }}" y="162" text-anchor="middle">{{ label }}</text>
-{% endfor %}
-<text x="237" y="181" text-anchor="middle">optimizer step</text>
-<text x="13" y="78" text-anchor="middle" transform="rotate(-90 13 78)">loss, nats</text>
-<polyline fill="none" stroke="var(--own)" stroke-width="1.5" points="{{ plot.train }}"/>
-<polyline fill="none" stroke="var(--valid)" stroke-width="2" points="{{ plot.valid }}"/>
-{% for x, y in plot.valid_points %}<circle cx="{{ x }}" cy="{{ y }}" r="3" fill="var(--valid)"/>{% endfor %}
-
-</svg></figure>
+{{ loss_chart(plot, "loss of " ~ run.adapter ~ " by step, logarithmic") }}</figure>
 {% endfor %}
 </div>
 <p class="note">Mean loss of the answers' tokens in nats per token, on a logarithmic scale.</p>

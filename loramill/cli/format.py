@@ -152,14 +152,3 @@ def time_ago(then: float, now: float | None = None) -> str:
 def four_digits(value: float) -> str:
     """Formats a measurement to four digits: "4.233", "0.001", "1234", "1.2e-05"."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration: "40 s", "3 min", "2 h 05 min", "3 d 4 h"."""
-    minutes = round(max(0.0, seconds) / 60)
-    if seconds < 60:
-        return f"{max(0.0, seconds):.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    return f"{hours} h {minutes % 60:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"

@@ -228,6 +228,12 @@ def get_run(session: Session, run: str) -> NightlyRun:
     return NightlyRun.model_validate(row)
 
 
+def last_run(session: Session) -> NightlyRun | None:
+    """Returns the newest run that is open or had work to do."""
+    runs = list_runs(session)
+    return next((each for each in runs if each.finished_at is None or list_steps(session, each.id)), None)
+
+
 def list_steps(session: Session, run: str) -> list[NightlyStep]:
     """Returns the steps of a run in the order in which they began."""
     statement = select(NightlyStepRow).where(NightlyStepRow.run == run)

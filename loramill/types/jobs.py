@@ -231,6 +231,14 @@ class JobEvent(FrozenModel):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
+class JobAttempt(FrozenModel):
+    """A time in which a worker held a job; of an attempt that was interrupted, up to its last metrics."""
+
+    owner: str
+    started_at: float
+    ended_at: float
+
+
 class CheckpointRecord(FrozenModel):
     """A validated checkpoint of a job; its `version` can be used as a model until newer checkpoints replace it."""
 

@@ -52,22 +52,6 @@ def test_the_headline_names_what_was_shown(report: ModuleType) -> None:
     assert not report.verdict(rows[:1], [line(report, spoiled=True, promoted=True)])[0]
 
 
-@pytest.mark.parametrize(
-    ("last", "ticks"),
-    [(3, [0, 1, 2, 3]), (60, [0, 10, 20, 30, 40, 50, 60]), (1, [0, 1]), (250, [0, 50, 100, 150, 200, 250])],
-)
-def test_steps_are_whole(report: ModuleType, last: int, ticks: list[int]) -> None:
-    assert report.whole_steps(last) == ticks
-
-
-def test_losses_near_zero_are_distinguished(report: ModuleType) -> None:
-    drawn = report.plot(report.Curve({1: 4.0, 2: 0.05, 3: 0.02}, {3: 0.0}))
-    heights = [float(point.split(",")[1]) for point in drawn["train"].split()]
-    assert heights[2] - heights[1] > 10, "in the picture's units, of which it has 136"
-    assert [label for _, label in drawn["losses"]] == ["0.001", "0.01", "0.1", "1", "10"]
-    assert report.plot(report.Curve({}, {}))["steps"]
-
-
 def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     curve = report.Curve({1: 2.0, 2: 1.0}, {2: 1.5})
@@ -98,28 +82,3 @@ def test_the_page_names_base_versions_and_cut_answers(report: ModuleType, tmp_pa
     # A phone has 390 pixels: no column is wider than the page, and tables turn into cards.
     assert all("min(100%" in grid for grid in re.findall(r"minmax\([^)]*\)", page))
     assert "@media (max-width: 640px)" in page and "prefers-color-scheme: dark" in page
-
-
-def luminance(color: str) -> float:
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's contrast ratio of two colors."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_every_color_has_the_contrast_of_wcag_aa_in_both_modes(report: ModuleType) -> None:
-    themes = re.findall(r":root {(.*?)}", report.PAGE, re.DOTALL)
-    assert len(themes) == 2
-    for theme in themes:
-        colors = {
-            name: value if len(value) == 7 else "#" + "".join(digit * 2 for digit in value[1:])
-            for name, value in re.findall(r"--(\w+): (#[0-9a-f]+)", theme)
-        }
-        for name in ("text", "muted", "good", "bad", "warn", "own", "valid"):
-            for ground in ("page", "card"):
-                assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)

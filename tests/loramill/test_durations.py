@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.durations import format_duration, parse_duration
+from loramill.durations import format_duration, parse_duration, rounded_duration
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,19 @@ def test_a_formatted_duration_is_read_again(seconds: int) -> None:
 
 def test_a_duration_is_written_in_its_largest_unit() -> None:
     assert [format_duration(each) for each in (0, 59, 60, 5400, 7200, 86_400)] == ["0s", "59s", "1m", "90m", "2h", "1d"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 s"),
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (3599, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (2e5, "2 d 7 h"),
+    ],
+)
+def test_durations_are_written_in_everyday_units(seconds: float, text: str) -> None:
+    assert rounded_duration(seconds) == text

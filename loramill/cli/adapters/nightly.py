@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,7 +16,7 @@ from loramill.cli import complete
 from loramill.cli.arguments import AdapterArgument, JsonFlag
 from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
 from loramill.cli.nightly_registry import open_registry
-from loramill.errors import LoramillError, NightlyBusy, first_lines
+from loramill.errors import LeaseLost, LoramillError, NightlyBusy, first_lines
 from loramill.names import AdapterName
 from loramill.plural import counted
 
@@ -24,13 +25,29 @@ if TYPE_CHECKING:
     from loramill.types import NightlyRun, NightlyStep
 
 
-def run(json: JsonFlag = False) -> None:
+#: For commands about a run when there is none.
+NO_RUN = "There has been no nightly run yet: `loramill nightly run` starts one."
+
+
+def run(
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Where to write the report, an HTML page. Default: a folder of the run in `home`.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
     """Retrain every adapter that has new data, or resume an interrupted run.
 
-    Exits with 1 if an adapter failed or the run was interrupted. If another process works on the run, this one leaves
-    it to that process and exits with 0.
+    Exits with 0 if nothing failed, and with 1 if an adapter failed or the run was interrupted. If another process works
+    on the run, this one leaves it to that process and exits with 0.
     """
     from loramill.pipelines.nightly.outcome import succeeded
+    from loramill.pipelines.nightly.report.publish import publish_run
     from loramill.pipelines.nightly.run import run_nightly
 
     settings, registry = open_registry()
@@ -38,12 +55,12 @@ def run(json: JsonFlag = False) -> None:
     stopped: LoramillError | None = None
     with _progress(quiet=json) as (on_step, on_progress):
 
-        def report(step: NightlyStep) -> None:
+        def on_end(step: NightlyStep) -> None:
             reported.append(step)
             on_step(step)
 
         try:
-            nightly_run = run_nightly(registry, settings, report=report, progress=on_progress)
+            nightly_run = run_nightly(registry, settings, report=on_end, progress=on_progress)
         except NightlyBusy as error:
             print_message(error.message, style="yellow")
             raise typer.Exit(0) from error
@@ -53,6 +70,14 @@ def run(json: JsonFlag = False) -> None:
                 raise
             stopped, nightly_run = error, unfinished
     deleted = [step for step in reported if step.result.get("deleted")]
+    if not isinstance(stopped, LeaseLost):  # the process that has taken the run over reports it
+        published = publish_run(
+            registry, settings, nightly_run, deleted=deleted, interrupted=stopped and stopped.message, file=report_file
+        )
+        for problem in published.problems:
+            print_message(problem, style="yellow")
+        if published.page is not None and not json:
+            print_message(f"Report: {published.page}")
     found = _print_run(registry, nightly_run, json, deleted)
     if stopped is not None and not json:
         print_message(stopped.message, style="red")
@@ -84,7 +109,7 @@ def show_run(
     elif json:
         print_line(dumps(None))
     else:
-        print_message("There has been no nightly run yet: `loramill nightly run` starts one.")
+        print_message(NO_RUN)
 
 
 def show_data(json: JsonFlag = False) -> None:
@@ -179,13 +204,10 @@ def _format_files(ids: Sequence[str]) -> str:
 
 
 def _last_run(registry: Registry) -> NightlyRun | None:
-    """Returns the newest run that had work to do."""
-    from loramill.registry.nightly import list_runs, list_steps
+    from loramill.registry.nightly import last_run
 
     with registry.reading() as session:
-        return next(
-            (each for each in list_runs(session) if each.finished_at is None or list_steps(session, each.id)), None
-        )
+        return last_run(session)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import typer
 
 from loramill.cli.arguments import JsonFlag
 from loramill.cli.format import (
-    duration,
     local_minute,
     print_fields,
     print_json,
@@ -22,6 +21,7 @@ from loramill.cli.format import (
     time_ago,
 )
 from loramill.cli.nightly_registry import open_registry
+from loramill.durations import rounded_duration
 from loramill.errors import DefinitionInvalid
 from loramill.plural import counted
 
@@ -101,7 +101,7 @@ def status(json: JsonFlag = False) -> None:
             ("result", run.summary),
         ]
         if run.state == "running" and run.silent_seconds is not None:
-            pairs.append(("process", f"{run.holder}, last heartbeat {duration(run.silent_seconds)} ago"))
+            pairs.append(("process", f"{run.holder}, last heartbeat {rounded_duration(run.silent_seconds)} ago"))
     print_fields(pairs)
     for problem in found.problems:
         print_message(problem, style="red")
@@ -125,7 +125,7 @@ def history(
         (
             each.id,
             local_minute(each.began_at),
-            duration((each.finished_at or time.time()) - each.began_at),
+            rounded_duration((each.finished_at or time.time()) - each.began_at),
             "schedule" if each.scheduled_at else "hand",
             styled_status(each.state),
             each.summary,

@@ -14,6 +14,7 @@ from loramill.cli.adapters.generate import generate
 from loramill.cli.adapters.import_folder import import_adapter
 from loramill.cli.adapters.merge import merge
 from loramill.cli.adapters.nightly import backfill, drop, retry, run, show_data, show_run
+from loramill.cli.adapters.nightly_report import report
 from loramill.cli.adapters.nightly_schedule import history, plan, status, validate
 from loramill.cli.adapters.retention import prune_adapters, set_retention
 from loramill.cli.adapters.show import list_adapters, rename_adapter, show_adapter
@@ -48,6 +49,7 @@ def add_adapter_commands(app: typer.Typer) -> None:
     feedback.command("delete")(delete_feedback)
     nightly.command("run")(run)
     nightly.command("show")(show_run)
+    nightly.command("report")(report)
     nightly.command("validate")(validate)
     nightly.command("plan")(plan)
     nightly.command("status")(status)

@@ -10,8 +10,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from loramill.cli.format import duration, styled_status
+from loramill.cli.format import styled_status
 from loramill.client.models import Job
+from loramill.durations import rounded_duration
 from loramill.errors import LoramillError
 from loramill.plural import counted
 from loramill.types import JobStatus
@@ -74,7 +75,7 @@ def _row(job: Job, now: float) -> tuple[RenderableType, ...]:
         _format_loss(job.loss),
         _format_loss(job.valid_loss),
         f"{job.tokens_per_second:,.0f}" if job.tokens_per_second and job.status is JobStatus.RUNNING else "-",
-        duration(job.estimated_finish - now) if job.estimated_finish else "-",
+        rounded_duration(job.estimated_finish - now) if job.estimated_finish else "-",
     )
 
 

@@ -12,7 +12,6 @@ import typer
 from loramill.cli.arguments import JobArgument, JobLimitOption, JobsArgument, JsonFlag, TenantOption
 from loramill.cli.format import (
     Cell,
-    duration,
     four_digits,
     local_time,
     print_fields,
@@ -27,6 +26,7 @@ from loramill.cli.format import (
 from loramill.client import Client
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Event, Job
+from loramill.durations import rounded_duration
 from loramill.errors import Conflict, NotFound
 from loramill.types import SweepCandidate
 
@@ -122,7 +122,7 @@ def _job_fields(job: Job) -> list[tuple[str, Cell]]:
     if job.waits_for:
         pairs.append(("waits for", job.waits_for))
     if job.estimated_finish:
-        pairs.append(("finishes in", duration(job.estimated_finish - time.time())))
+        pairs.append(("finishes in", rounded_duration(job.estimated_finish - time.time())))
     if job.finished_at:
         pairs.append(("finished", time_ago(job.finished_at)))
     if job.model:

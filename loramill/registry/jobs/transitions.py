@@ -64,7 +64,8 @@ def start(session: Session, row: JobRow, owner: str, now: float, seconds: float,
     row.started_at = row.started_at or now
     row.pending_action = row.not_before = row.tokens_per_second = None
     row.shared = _mark_shared(session, row)
-    add_event(session, row, f"Attempt {row.attempt} started by {owner}.")
+    started = {"attempt": row.attempt, "owner": owner}
+    add_event(session, row, f"Attempt {row.attempt} started by {owner}.", data=started)
 
 
 def _mark_shared(session: Session, row: JobRow) -> bool:

@@ -9,8 +9,6 @@ from loramill.pipelines.nightly.definition.promotion import GateDefinition
 from loramill.pipelines.nightly.gate.candidates import GoldenScore, SliceEvidence
 from loramill.plural import counted
 
-#: Characters of a wrong answer to a golden example that a reason quotes.
-_QUOTED = 40
 #: Less than this is shown as 0.000.
 _VISIBLE = 5e-4
 
@@ -96,10 +94,10 @@ def not_better_than_base(base: SliceEvidence) -> str:
 def golden(failed: Sequence[GoldenScore], total: int, policy: GateDefinition) -> str:
     """The golden examples that the challenger fails."""
     first = failed[0]
-    answer = first.answer if len(first.answer) <= _QUOTED else f"{first.answer[:_QUOTED]}…"
+    # Without the answer: reasons are in reports and in messages to webhooks, which contain nothing that tenants wrote.
     return (
-        f"it fails {len(failed)} of {counted(total, 'golden example')}; to {first.example[:12]} it answers {answer!r} "
-        f"(score {first.score:.3f}); {policy.min_golden:.0%} must be right"
+        f"it fails {len(failed)} of {counted(total, 'golden example')}; on {first.example[:12]} it scores "
+        f"{first.score:.3f}; {policy.min_golden:.0%} must be right"
     )
 
 

@@ -15,9 +15,11 @@ from loramill import logs
 from loramill.errors import LoramillError, NightlyBusy
 from loramill.pipelines.nightly.definition import NightlyDefinition
 from loramill.pipelines.nightly.outcome import describe, outcomes, succeeded, summary
+from loramill.pipelines.nightly.report.publish import publish_run
 from loramill.pipelines.nightly.run import run_nightly
 from loramill.registry import Registry, nightly
 from loramill.settings import Settings
+from loramill.types import NightlyStep
 
 #: Exit status of a run in which an adapter failed, and of one that was interrupted.
 FAILED, INTERRUPTED = 1, 3
@@ -36,8 +38,15 @@ def main() -> None:
 def work(settings: Settings, definition: NightlyDefinition) -> int:
     """Works on the open run; returns the exit status."""
     registry = Registry.open(settings.database, settings.artifacts)
+    deleted: list[NightlyStep] = []
+
+    def on_end(step: NightlyStep) -> None:
+        log.info("%s", describe(step))
+        if step.result.get("deleted"):
+            deleted.append(step)
+
     try:
-        run = run_nightly(registry, settings, definition=definition, report=lambda step: log.info("%s", describe(step)))
+        run = run_nightly(registry, settings, definition=definition, report=on_end)
     except NightlyBusy as error:
         log.info("%s", error.message)
         return 0
@@ -47,6 +56,8 @@ def work(settings: Settings, definition: NightlyDefinition) -> int:
     with registry.reading() as session:
         found = outcomes(nightly.list_steps(session, run.id))
     log.info("%s", summary(found))
+    if run.finished_at is not None:  # one that is resumed is reported at its end
+        publish_run(registry, settings, run, deleted=deleted, definition=definition)
     return 0 if succeeded(found) else FAILED
 
 

@@ -459,6 +459,36 @@ def test_a_failed_nightly_run_is_reported_and_exits_with_1(
     assert json.loads(as_json.stdout)["adapters"][0]["reason"].startswith("train: The loss is NaN.")
 
 
+def test_a_nightly_run_writes_its_report_and_another_command_writes_it_again(
+    running_gateway: RunningGateway, tenant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = AdapterName(tenant, "a")
+    runs: list[str] = []
+
+    def holding(registry: Any, settings: Settings, *, report: Any, progress: Any) -> Any:
+        with registry.writing() as session:
+            adapters.get_or_create(session, name)
+            run = nightly.open_run(session)
+            runs.append(run.id)
+            decision = {"promote": False, "reason": "it loses 0.100"}
+            report(nightly.record_step(session, run.id, name, "gate", StepStatus.DONE, decision))
+            return nightly.finish_run(session, run.id)
+
+    monkeypatch.setattr("loramill.pipelines.nightly.run.run_nightly", holding)
+    file = tmp_path / "report.html"
+    ran = loramill("nightly", "run", "--report", str(file))
+    assert ran.exit_code == 0, ran.stderr
+    assert f"Report: {file}" in ran.stderr and "It loses 0.100" in file.read_text()
+    printed = Path(ok("nightly", "report").stdout.strip())
+    assert printed.parent.name == runs[0] and "It loses 0.100" in printed.read_text()
+    other = tmp_path / "other.html"
+    found = json_output("nightly", "report", runs[0], "--html", str(other))
+    assert found["run"] == runs[0] and found["adapters"][0]["verdict"] == "held" and other.is_file()
+    missing = loramill("nightly", "report", "nightly-0")
+    assert missing.exit_code == 1 and "There is no nightly run 'nightly-0'." in missing.stderr
+    assert loramill("nightly", "report", "--html").exit_code == 2
+
+
 def test_new_data_is_listed_retried_and_dropped(running_gateway: RunningGateway, tenant: str, train: str) -> None:
     name = f"{tenant}/a"
     added = ok("data", "add", name, "--train", train)

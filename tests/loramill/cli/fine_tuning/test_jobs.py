@@ -18,7 +18,6 @@ from loramill import Client
 from loramill.cli.fine_tuning.job_options import PANELS
 from loramill.cli.fine_tuning.job_table import jobs_table
 from loramill.cli.fine_tuning.watch import JobPoller, _follow
-from loramill.cli.format import duration
 from loramill.client.jobs import JobsResource
 from loramill.client.models import Job
 from loramill.errors import InvalidRequest, NotRunning, TrainingDiverged, Unavailable
@@ -342,19 +341,3 @@ def test_watch(gateway: RunningGateway, tenant: str) -> None:
     began = time.monotonic()
     assert "1 job: 1 succeeded" in ok("jobs", "watch", "--tenant", tenant, "--interval", "0.1").stdout
     assert time.monotonic() - began > 0.2
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-3, "0 s"),
-        (0, "0 s"),
-        (59.4, "59 s"),
-        (60, "1 min"),
-        (3599, "1 h 00 min"),
-        (7500, "2 h 05 min"),
-        (2e5, "2 d 7 h"),
-    ],
-)
-def test_durations_are_written_in_everyday_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
