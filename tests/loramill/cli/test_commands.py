@@ -485,7 +485,7 @@ def test_a_nightly_run_writes_its_report_and_another_command_writes_it_again(
     found = json_output("nightly", "report", runs[0], "--html", str(other))
     assert found["run"] == runs[0] and found["adapters"][0]["verdict"] == "held" and other.is_file()
     missing = loramill("nightly", "report", "nightly-0")
-    assert missing.exit_code == 1 and "There is no nightly run 'nightly-0'." in missing.stderr
+    assert missing.exit_code == 1 and "There is no nightly run 'nightly-0'" in missing.stderr
     assert loramill("nightly", "report", "--html").exit_code == 2
 
 
