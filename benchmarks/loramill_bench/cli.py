@@ -168,6 +168,14 @@ def sweep(
     _run_benchmark(lambda: run(_built_in_base(), tenants, only, _report, steps=steps), json, check, record)
 
 
+@app.command()
+def nightly(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
+    """Simulate nightly runs with measured scores, and count what the gate promotes (about two minutes)."""
+    from loramill_bench.nightly.run import run
+
+    _run_benchmark(lambda: run(only, _report), json, check, record)
+
+
 def _built_in_base() -> Base:
     from loramill.models.catalog import find_base
     from loramill.models.smollm2 import NAME
