@@ -71,9 +71,8 @@ def run(
             stopped, nightly_run = error, unfinished
     deleted = [step for step in reported if step.result.get("deleted")]
     if not isinstance(stopped, LeaseLost):  # the process that has taken the run over reports it
-        published = publish_run(
-            registry, settings, nightly_run, deleted=deleted, interrupted=stopped and stopped.message, file=report_file
-        )
+        reason = None if stopped is None else stopped.message
+        published = publish_run(registry, settings, nightly_run, deleted=deleted, interrupted=reason, file=report_file)
         for problem in published.problems:
             print_message(problem, style="yellow")
         if published.page is not None and not json:

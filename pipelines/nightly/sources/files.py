@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loramill.data import jsonl
-from loramill.data.ingest import read_source
+from loramill.data.ingest import Columns, read_source
 from loramill.errors import DatasetInvalid, LoramillError
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition, SourceDefinition
@@ -172,7 +172,7 @@ def convert(filename: str, raw: bytes, source: SourceDefinition) -> bytes:
     Raises:
         DatasetInvalid: it has no rows, or its format is unknown.
     """
-    columns = source.columns or ("auto" if source.columns is not None else None)
+    columns: Columns = source.columns or ("auto" if source.columns is not None else None)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / filename
         path.write_bytes(raw)

@@ -44,7 +44,7 @@ def owners(names: Mapping[str, str], globs: Iterable[str], adapters: Iterable[st
         try:
             name = AdapterName.parse(candidate)
         except InvalidRequest:
-            continue  # a folder beside those of adapters, such as .cache
+            continue  # not a folder of an adapter, such as .cache
         if all(getattr(name, part) == value for part, value in names.items()):
             found.append(name)
     return found

@@ -76,7 +76,9 @@ def test_a_text_completion_is_stored_with_its_prompts(client: OpenAI, http: http
 def test_a_streamed_tool_call_is_stored_as_it_was_sent(site: Any, client: OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     messages: Any = [{"role": "user", "content": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'}]
-    with client.chat.completions.create(model="tiny", messages=messages, tools=[tool], store=True, stream=True) as stream:
+    with client.chat.completions.create(
+        model="tiny", messages=messages, tools=[tool], store=True, stream=True
+    ) as stream:
         chunks = list(stream)
     sent = [call for chunk in chunks for each in chunk.choices for call in each.delta.tool_calls or ()]
     [choice] = client.chat.completions.retrieve(chunks[0].id).choices
