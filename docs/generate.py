@@ -28,6 +28,7 @@ from loramill.client import Client
 from loramill.durations import format_duration
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.definition import NightlyDefinition, OverrideDefinition
+from loramill.pipelines.nightly.definition.available import UNAVAILABLE, is_available
 from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.serve.api.app import build_api
 from loramill.settings import Settings
@@ -206,9 +207,13 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 def nested_sections(name: str, model: type[BaseModel]) -> list[tuple[str, str, list[tuple[str, FieldInfo]]]]:
     """A section and those in it: title, text and keys of each."""
     if model is OverrideDefinition:  # its sections are described already
-        return [(code(f"{name}[]"), docstring(model), list(model.model_fields.items()))]
+        used = [(key, field) for key, field in model.model_fields.items() if UNAVAILABLE.get(key, ()) is not None]
+        return [(code(f"{name}[]"), docstring(model), used)]
+    if UNAVAILABLE.get(name, ()) is None:
+        return []
     many = get_origin(NightlyDefinition.model_fields[name].annotation) is tuple if "." not in name else False
-    own = [(key, field) for key, field in model.model_fields.items() if section_of(field) is None]
+    keys = [(key, field) for key, field in model.model_fields.items() if is_available(name, key)]
+    own = [(key, field) for key, field in keys if section_of(field) is None]
     found = [(code(f"{name}[]" if many else name), docstring(model), own)]
     for key, field in model.model_fields.items():
         if (below := section_of(field)) is not None:

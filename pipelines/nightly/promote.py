@@ -7,7 +7,6 @@ from functools import partial
 from loramill.errors import Conflict
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
-from loramill.pipelines.nightly.definition.promotion import GateDefinition
 from loramill.pipelines.nightly.evaluation.results import pair
 from loramill.pipelines.nightly.gate.candidates import GateDecision, GateVerdict
 from loramill.pipelines.nightly.gate.policy import decide
@@ -23,7 +22,7 @@ def gate_all(context: NightlyContext) -> None:
 
 def _gate(context: NightlyContext, adapter: str) -> None:
     artifact = context.done("evaluate")[adapter]["results"]
-    policy = GateDefinition()
+    policy = context.definition.for_adapter(adapter).gate
     slices, golden = pair(evaluations.read_results(context.registry.artifacts, artifact), policy.metric)
     decision = decide(slices, golden, policy)
     with context.registry.writing() as session:

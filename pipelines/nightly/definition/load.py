@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from loramill.errors import DefinitionInvalid
+from loramill.pipelines.nightly.definition.available import unavailable_keys
 from loramill.pipelines.nightly.definition.schema import DefinitionFault, NightlyDefinition
 from loramill.pipelines.nightly.definition.training import ScheduleDefinition
 from loramill.pipelines.nightly.definition.yaml_text import YamlFault, YamlText, read_yaml
@@ -51,7 +52,8 @@ def read_definition(path: Path) -> NightlyDefinition:
     """Reads a file.
 
     Raises:
-        DefinitionInvalid: it does not exist, can't be read, or has faults; `problems` has one line for each.
+        DefinitionInvalid: it does not exist, can't be read, has faults, or sets keys that runs do not use yet;
+            `problems` has one line for each.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,7 +61,10 @@ def read_definition(path: Path) -> NightlyDefinition:
         raise DefinitionInvalid(f"There is no file {path}; create it, or correct the setting nightly.file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DefinitionInvalid(f"{path} can't be read: {error}.") from error
-    return parse_definition(text, path)
+    definition = parse_definition(text, path)
+    if unused := unavailable_keys(definition):
+        raise _invalid(path, [f"{path.name}: {key} is not available yet; leave it out." for key in unused])
+    return definition
 
 
 def parse_definition(text: str, path: Path) -> NightlyDefinition:

@@ -247,6 +247,16 @@ def test_a_run_retrains_only_the_adapters_of_its_definition(cluster: Cluster) ->
         cluster.run()
 
 
+def test_the_gate_decides_by_the_definition_of_each_adapter(cluster: Cluster) -> None:
+    for adapter in ("acme/a", "acme/b"):
+        cluster.feed(adapter, rows(60), rows(6, "other"))  # six wins: p = 0.016
+    cluster.settings.nightly_file.write_text("overrides: [{adapters: acme/a, gate: {confidence: 0.99}}]\n")
+    assert [(each.adapter, each.verdict) for each in cluster.run()] == [
+        ("acme/a", Verdict.HELD),
+        ("acme/b", Verdict.PROMOTED),
+    ]
+
+
 def test_what_the_budget_allows_is_promoted_and_the_rest_waits(cluster: Cluster) -> None:
     for adapter in ("acme/a", "acme/b", "bolt/a"):
         cluster.feed(adapter, rows(60))

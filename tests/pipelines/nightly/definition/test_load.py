@@ -57,6 +57,21 @@ def test_a_file_that_the_setting_names_must_exist(tmp_path: Path) -> None:
     assert load_definition(settings).adapters == ("acme/*",)
 
 
+def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "nightly.yaml"
+    file.write_text(
+        "canary: {share: 0.1}\ngate: {confidence: 0.9, approval: manual}\n"
+        "overrides: [{adapters: acme/*, replay: {on_policy: 0.2, plain_examples: 8}}]\n"
+    )
+    with pytest.raises(DefinitionInvalid) as refused:
+        read_definition(file)
+    names = ["gate.approval", "canary.share", "overrides.0.replay.on_policy"]
+    assert [text.split()[1] for text in refused.value.problems] == names
+    assert refused.value.problems[0] == "nightly.yaml: gate.approval is not available yet; leave it out."
+    file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
+    assert read_definition(file).gate.confidence == 0.9
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (file := tmp_path / "nightly.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(DefinitionInvalid, match="can't be read"):
