@@ -39,7 +39,6 @@ class TextRequest:
         ignore_eos: continue after the base's stop tokens.
         tools: JSON schemas of tools, as the chat template renders them.
         constraint: what the whole answer must match; it ends where nothing can follow.
-        priority: a higher priority runs first.
     """
 
     id: str
@@ -52,7 +51,6 @@ class TextRequest:
     ignore_eos: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     constraint: OutputConstraint | None = None
-    priority: int = 0
 
 
 class TokenText(NamedTuple):

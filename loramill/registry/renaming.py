@@ -22,10 +22,8 @@ from loramill.registry.database.tables import (
     NightlyRunRow,
     NightlyStepRow,
     PrunedVersionRow,
-    RolloutRow,
     SourceFileRow,
     VersionRow,
-    VersionTrafficRow,
 )
 from loramill.types import AdapterRecord
 
@@ -40,16 +38,14 @@ _OF_ADAPTER = (
     SourceFileRow,
     PrunedVersionRow,
     CompletionRow,
-    RolloutRow,
-    VersionTrafficRow,
 )
 
 
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
     """Renames an adapter.
 
-    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps, rollouts,
-    stored completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
+    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps, stored
+    completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
 
     Raises:
         NotFound: there is no such adapter.

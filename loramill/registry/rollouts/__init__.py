@@ -1,1 +1,0 @@
-"""Rollouts of adapters: canaries, shadows and watches, and the traffic by which versions are compared."""
