@@ -138,7 +138,7 @@ def catch_errors(client: OpenAI, model: str) -> None:
     """Invalid requests raise the `openai` package's own errors, with a message on how to correct them."""
     mistakes: dict[type[openai.APIStatusError], dict[str, Any]] = {
         openai.NotFoundError: {"model": "no-such-model"},
-        openai.BadRequestError: {"model": model, "store": True},
+        openai.BadRequestError: {"model": model, "prediction": {"type": "content", "content": "Hello"}},
         openai.AuthenticationError: {"model": model, "extra_headers": {"Authorization": "Bearer lm-wrong"}},
     }
     for expected, mistake in mistakes.items():

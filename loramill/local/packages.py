@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TESTED_VERSIONS = {
     "alembic": "1.20.1",
     "bitsandbytes": "0.50.2",
+    "cronsim": "2.8",
     "datasets": "5.2.0",
     "deepspeed": "0.19.8",
     "fastapi": "0.165.0",
@@ -43,8 +44,10 @@ TESTED_VERSIONS = {
     "pydantic": "2.14.3",
     "pydantic-settings": "2.16.3",
     "python-multipart": "0.0.34",
+    "pyyaml": "6.0.3",
     "ray": "2.60.0",
     "regex": "2026.11.15",
+    "rensa": "0.5.0",
     "rich": "15.0.0",
     "safetensors": "0.8.0",
     "sqlalchemy": "2.1.9",
@@ -52,6 +55,7 @@ TESTED_VERSIONS = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
     "typer": "0.29.2",
+    "tzdata": "2026.6",
     "uvicorn": "0.54.0",
 }
 

@@ -62,7 +62,7 @@ def test_epochs_and_batch_size_reach_the_spec(gateway: RunningGateway, tenant: s
 
 #: One value for each option that the gateway copies into the spec unchanged.
 OPTIONS: dict[str, object] = {
-    "method": "dora",
+    "method": "adalora",
     "rank": 3,
     "alpha": 5.0,
     "rslora": True,

@@ -353,7 +353,9 @@ def narrowed(description: dict[str, Any], known: dict[str, list[Any]]) -> dict[s
         for parameter in operation.get("parameters", ()):
             # Data may be given to an adapter that isn't there yet, and nothing is deleted that later requests need.
             spared = name.endswith("/data") or name.startswith(SPARED)
-            if parameter.get("name") in known and not spared:
+            # Lists may be filtered by any model and adapter.
+            filters = parameter.get("in") == "query" and parameter.get("name") in ("model", "adapter")
+            if parameter.get("name") in known and not spared and not filters:
                 parameter["schema"] = {"enum": known[parameter["name"]]}
     bodies = ("ChatRequest", "CompletionRequest", "FeedbackRequest", "NewJob", "NewDataRequest", "PromotionRequest")
     for body in bodies:

@@ -72,7 +72,7 @@ def list_feedback(
         return page_object(
             rows,
             query.limit,
-            lambda row: _feedback_object(row[0]) | ({"texts": _texts(*row)} if query.texts else {}),
+            lambda row: _feedback_object(row[0]) | {"texts": _texts(*row) if query.texts else None},
         )
 
 
@@ -102,7 +102,7 @@ def delete_feedback(completion_id: CompletionIdPath, gateway: WrittenGatewayDep,
 
 
 def _feedback_object(record: FeedbackRecord) -> dict[str, Any]:
-    return record.model_dump() | {"object": "feedback"}
+    return record.model_dump() | {"object": "feedback", "texts": None}
 
 
 def _deleted_object(removed: CompletionDeletion) -> dict[str, Any]:
