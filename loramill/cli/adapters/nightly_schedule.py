@@ -50,7 +50,7 @@ def validate(
     with registry.reading() as session:
         names = [each.name for each in adapters.list_adapters(session, None)]
     path = settings.nightly_file if file is None else file
-    print_message(f"{path} is valid." if path.exists() else f"There is no file {path}; these are the defaults.")
+    print_message(f"{path} is valid." if path.exists() else f"{path} does not exist; these are the defaults.")
     print_fields(describe(definition, names, coming_times(definition.schedule, time.time())))
 
 

@@ -48,7 +48,7 @@ def get(session: Session, completion_id: str, tenant: str | None, kind: Completi
         kind: only one of this kind.
 
     Raises:
-        NotFound: there is no such completion, or it is another tenant's; the message is the same.
+        NotFound: the tenant has no stored completion with this ID.
     """
     row = session.get(CompletionRow, completion_id)
     if row is None or tenant not in (None, row.tenant) or kind not in (None, row.kind):

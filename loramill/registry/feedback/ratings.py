@@ -40,7 +40,7 @@ def give(
         choice: index of the answer.
 
     Raises:
-        NotFound: there is no such completion, or it is another tenant's; the message is the same.
+        NotFound: the tenant has no stored completion with this ID.
         InvalidRequest: the completion does not have such an answer.
     """
     completion = completions.get(session, completion_id, tenant)
@@ -108,7 +108,7 @@ def delete(session: Session, completion_id: str, tenant: str | None) -> Completi
     It is withdrawn from what nothing has been trained on yet.
 
     Raises:
-        NotFound: there is no such completion, or it has no feedback.
+        NotFound: the tenant has no stored completion with this ID, or it has no feedback.
     """
     completion = completions.get(session, completion_id, tenant)
     rows = session.scalars(select(FeedbackRow).where(FeedbackRow.completion == completion.id)).all()

@@ -58,7 +58,7 @@ def read_definition(path: Path) -> NightlyDefinition:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise DefinitionInvalid(f"There is no file {path}; create it, or correct the setting nightly.file.") from error
+        raise DefinitionInvalid(f"{path} does not exist; create it, or correct the setting nightly.file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DefinitionInvalid(f"{path} can't be read: {error}.") from error
     definition = parse_definition(text, path)

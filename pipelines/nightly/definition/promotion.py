@@ -152,6 +152,5 @@ class NotifyDefinition(FrozenModel):
     )
     on: Literal["always", "changes", "problems"] = Field(
         default="changes",
-        description="After which runs: all, those that promoted, failed or wait for approval, or those that failed or "
-        "were rolled back.",
+        description="After which runs: all, those that promoted or failed, or those that failed.",
     )

@@ -48,7 +48,8 @@ from loramill.pipelines.nightly.gate.statistics import (
 
 #: The corrected p-value of a loss on a slice that holds a challenger; to reject it, 1 - confidence is needed.
 SUSPICION = 0.2
-#: The share of examples on which two equally good versions differ. Measured: see `loramill-bench nightly`.
+#: An assumption: the share of examples on which two equally good versions differ. `loramill-bench nightly` reports it
+#: for measured scores.
 CHURN = 0.15
 #: Rounding error of a mean.
 _ROUNDING = 1e-9

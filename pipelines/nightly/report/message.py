@@ -25,7 +25,7 @@ def should_notify(report: NightlyReport, on: NotifyOn) -> bool:
 
     Args:
         report: the run.
-        on: "always": each run; "changes": runs in which an adapter was promoted, failed or waits for approval;
+        on: "always": each run; "changes": runs in which an adapter was promoted or failed;
             "problems": runs in which something failed or was interrupted.
     """
     if on == "always" or not report.succeeded:

@@ -14,7 +14,7 @@ _GLOBS = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def glob_of(url: str) -> str:
-    """A URL with a star for each placeholder."""
+    """The glob that matches the files of all tenants and adapters: each placeholder becomes `*`."""
     return url.replace("{tenant}", "*").replace("{adapter}", "*")
 
 

@@ -51,7 +51,7 @@ def test_without_a_file_no_run_starts_by_itself(tmp_path: Path) -> None:
 
 def test_a_file_that_the_setting_names_must_exist(tmp_path: Path) -> None:
     settings = Settings.load(home=tmp_path, nightly=NightlySettings(file=tmp_path / "other.yaml"))
-    with pytest.raises(DefinitionInvalid, match=r"no file .*other\.yaml; create it"):
+    with pytest.raises(DefinitionInvalid, match=r"other\.yaml does not exist; create it"):
         load_definition(settings)
     (tmp_path / "other.yaml").write_text("adapters: acme/*\n")
     assert load_definition(settings).adapters == ("acme/*",)
