@@ -13,7 +13,7 @@ UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
     "train": ("start", "options"),
     "replay": ("on_policy", "min_score"),
     "evaluate": None,
-    "gate": ("approval",),
+    "gate": ("approval", "min_golden"),
     "canary": None,
     "watch": None,
 }

@@ -6,16 +6,11 @@ from datetime import timedelta
 
 from loramill.durations import format_duration
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
-from loramill.pipelines.nightly.definition.training import BudgetDefinition, ReplayDefinition, ScheduleDefinition
+from loramill.pipelines.nightly.definition.training import BudgetDefinition, ScheduleDefinition
 from loramill.plural import counted, listed
 
 #: Adapters that are named in one line.
 _SHOWN_ADAPTERS = 8
-_STARTS = {
-    "champion": "from the champion's weights",
-    "fresh": "from new weights",
-    "both": "from the champion's weights and from new ones; the better version challenges",
-}
 
 
 def describe(definition: NightlyDefinition, adapters: list[str], next_times: list[str]) -> list[tuple[str, str]]:
@@ -26,7 +21,7 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
         adapters: all adapters of the registry.
         next_times: the next scheduled times.
     """
-    split, gate, canary, watch = definition.split, definition.gate, definition.canary, definition.watch
+    split, gate = definition.split, definition.gate
     found = [
         ("schedule", _schedule(definition.schedule, next_times)),
         ("adapters", _adapters(definition, adapters)),
@@ -35,16 +30,14 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
             "new data",
             f"{split.held_out:.0%} is held out; up to {split.max_bad_rows:.0%} bad rows are left out",
         ),
-        ("training", f"{_STARTS[definition.train.start]}, at priority {definition.train.priority}"),
-        ("replay", _replay(definition.replay)),
+        ("training", f"from the champion, at priority {definition.train.priority}"),
+        ("replay", counted(definition.replay.plain_examples, "old example")),
         ("metrics", ", ".join(definition.evaluate.computed_metrics)),
         (
             "gate",
-            f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of more than {gate.min_gain:g} on new "
-            f"data, and a loss of at most {gate.max_loss:g} on old; {gate.approval} approval",
+            f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of at least {gate.min_gain:g} on new "
+            f"data, and a loss of at most {gate.max_loss:g} on old",
         ),
-        ("canary", _canary(canary.share, shadow=canary.shadow)),
-        ("watch", "none" if not watch.window else f"{_text(watch.window)}, then the new champion stays"),
         ("budget", _budget(definition.budget)),
         ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
     ]
@@ -63,18 +56,6 @@ def _adapters(definition: NightlyDefinition, adapters: list[str]) -> str:
     included = [each for each in adapters if definition.includes(each)]
     names = ", ".join(included[:_SHOWN_ADAPTERS]) + (", …" if len(included) > _SHOWN_ADAPTERS else "")
     return f"{len(included)} of {counted(len(adapters), 'adapter')}" + (f": {names}" if names else "")
-
-
-def _replay(replay: ReplayDefinition) -> str:
-    parts = [f"{counted(replay.plain_examples, 'old example')}"] if replay.plain_examples else []
-    parts += [f"{replay.on_policy:.0%} of the champion's own answers"] if replay.on_policy else []
-    return listed(parts) if parts else "none"
-
-
-def _canary(share: float, *, shadow: bool) -> str:
-    parts = ["copies of requests first"] if shadow else []
-    parts += [f"{share:.0%} of the requests"] if share else []
-    return listed(parts) if parts else "none; a challenger that passes is promoted at once"
 
 
 def _budget(budget: BudgetDefinition) -> str:

@@ -82,7 +82,9 @@ class NightlyDefinition(FrozenModel):
     adapters: Globs = Field(
         default=("*",), description="Adapters that runs retrain, by globs over their names: *, acme/*, */support."
     )
-    exclude: Globs = Field(default=(), description="Adapters of these that runs leave alone, by globs.")
+    exclude: Globs = Field(
+        default=(), description="Globs of adapters to leave out, among those that `adapters` selects."
+    )
     sources: tuple[SourceDefinition, ...] = Field(
         default=(), description="Where new data is found, in addition to `loramill data add`."
     )

@@ -3,7 +3,7 @@
 A challenger is promoted if all of this holds:
 
 - It answers `min_golden` of the golden examples right.
-- It is better on the new examples, with `confidence`, and by more than `min_gain`. The examples of all new slices are
+- It is better on the new examples, with `confidence`, and by at least `min_gain`. The examples of all new slices are
   tested together: one test needs no correction, and slices by a field of the data may have a few examples each.
 - On the old examples together it is not inferior: their mean loss is within `max_loss`, and so is the bound that the
   loss is below with this confidence.
