@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from loramill.errors import AdapterInvalid, EngineFault
@@ -20,6 +19,7 @@ from loramill.kernels.adapter_rows import dense as _dense
 from loramill.kernels.batch import Batch, Slot
 from loramill.kernels.cpu.native import Native
 from loramill.kernels.cpu.training_lora import native_lora
+from loramill.kernels.products import linear, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class _GroupedLora(torch.autograd.Function):
         ctx.base, ctx.parts, ctx.dtypes = base, parts, [a.dtype for a in weights[::4]]
         saved = [x if any(ctx.needs_input_grad[5::4]) else None]
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, dense, bias)
+            y = linear(x, dense, bias)
             for part, a, b in zip(parts, weights[2::4], weights[3::4], strict=True):
                 own = part.take(x, a.dtype)
                 h = _scaled_product(_masked(own, part.kept(len(own), x.shape[1], x.device)), a.T, part.scale)
@@ -172,7 +172,7 @@ class _GroupedLora(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         grads: list[torch.Tensor | None] = []
         with torch.autocast(dy.device.type, enabled=False):
-            dx = dy @ _dense(ctx.base) if ctx.needs_input_grad[0] else None
+            dx = product(dy, _dense(ctx.base)) if ctx.needs_input_grad[0] else None
             for i, part in enumerate(ctx.parts):
                 a, b, h = saved[3 * i : 3 * i + 3]
                 needs_a, needs_b = ctx.needs_input_grad[5 + 4 * i : 7 + 4 * i]

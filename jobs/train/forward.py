@@ -25,6 +25,7 @@ from loramill.jobs.train.ops.log_probs import token_log_probs
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.kernels.attention import varlen
 from loramill.kernels.device import is_out_of_memory
+from loramill.kernels.products import computes_in_float32
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 #: Kinds of layers in a config's `layer_types`, and keys of the masks that transformers takes for them.
@@ -156,7 +157,10 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, parts: Sequence[Pa
     if _is_varlen(base):
         attended = {"attention_mask": None, "row_layout": attention.VarlenLayout.of(parts, base.device)}
     elif shares_passes(base):
-        attended = {"attention_mask": None, "row_layout": attention.PartsLayout(parts, base.dtype == torch.bfloat16)}
+        attended = {
+            "attention_mask": None,
+            "row_layout": attention.PartsLayout(parts, not computes_in_float32(base.dtype)),
+        }
     else:
         [rows] = parts
         tokens, positions = rows.tokens, rows.positions

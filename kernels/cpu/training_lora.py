@@ -10,10 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from loramill.kernels.adapter_rows import AdapterRows, Frozen, dense
+from loramill.kernels.products import linear, product
 
 #: Arguments of the functions of training_lora.c; counts are declared as in `decoder_ops`.
 SIGNATURES: dict[str, list[Any]] = {"train_forward": [c_void_p] * 4, "train_backward": [c_void_p] * 4}
@@ -55,7 +55,7 @@ class _NativeLora(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         with torch.autocast("cpu", enabled=False):
-            y = F.linear(x, weight, bias)
+            y = linear(x, weight, bias)
         call, of_x, of_y = _Call(), _Matrix(x), _Matrix(y)
         h = x.new_empty(sum(part.count * _padded(len(a)) for part, a in zip(parts, factors[::2], strict=True)))
         at = h.data_ptr()
@@ -73,7 +73,7 @@ class _NativeLora(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, *factors = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
-            dx = dy @ dense(ctx.base) if ctx.needs_input_grad[1] else None
+            dx = product(dy, dense(ctx.base)) if ctx.needs_input_grad[1] else None
         call, of_dy = _Call(), _Matrix(dy)
         of_x = None if x is None else _Matrix(x)
         of_dx = None if dx is None else _Matrix(dx)

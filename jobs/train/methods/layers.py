@@ -6,7 +6,7 @@ time than with PEFT's own layers. Only x is kept in memory for the backward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -165,13 +165,15 @@ class AdaptedLinear:
     Attributes:
         linear: the base's own.
         rows: the model's.
-        layers: by the slot of their adapter; rows of other adapters get the base's output.
         is_head: whether the linear is the model's head.
+        replaced: the forward function that takes its place again, once no adapter is left; None: its class's.
+        layers: by the slot of their adapter; rows of other adapters get the base's output.
     """
 
     linear: nn.Linear | Conv1D
     rows: PassRows
     is_head: bool
+    replaced: Callable[..., torch.Tensor] | None
     layers: dict[Slot, LoraLinear] = field(default_factory=dict)
     frozen: Frozen = field(init=False)
 
@@ -267,7 +269,8 @@ def insert_layers(model: nn.Module, layers: Mapping[str, LoraLinear], slot: Slot
         for layer in layers.values():
             adapted = adapted_linear(layer.linear)
             if adapted is None:
-                adapted = AdaptedLinear(layer.linear, rows, is_head=layer.linear is head)
+                replaced = vars(layer.linear).get("forward")
+                adapted = AdaptedLinear(layer.linear, rows, is_head=layer.linear is head, replaced=replaced)
                 layer.linear.forward = adapted.forward  # type: ignore[method-assign]
             adapted.layers[slot] = layer
         yield rows
@@ -276,6 +279,8 @@ def insert_layers(model: nn.Module, layers: Mapping[str, LoraLinear], slot: Slot
             adapted = adapted_linear(layer.linear)
             if adapted is not None and adapted.layers.pop(slot, None) is not None and not adapted.layers:
                 del layer.linear.forward
+                if adapted.replaced is not None:
+                    layer.linear.forward = adapted.replaced  # type: ignore[method-assign]
         if pass_rows(model) is not rows:  # no adapter is left
             for parameter in rows.trained_before:
                 parameter.requires_grad_(True)

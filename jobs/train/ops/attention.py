@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from loramill.jobs.train.batching import PackedRows
 from loramill.kernels.attention import varlen
 from loramill.kernels.attention.varlen import VarlenBatch
+from loramill.kernels.products import product
 
 #: Up to this many tokens per row, plain matrix products beat torch's fused attention on a CPU (1.3x per step).
 MAX_EAGER_TOKENS = 512
@@ -120,11 +121,11 @@ class _Attention(torch.autograd.Function):
         for group in groups:
             k, v = group.take(key), group.take(value)
             q = group.take(scaled).reshape(len(k), k.shape[1], -1, k.shape[3])
-            scores = q @ k.transpose(2, 3)
+            scores = product(q, k.transpose(2, 3))
             mask = layout.mask(group, window, q.dtype, q.device)
             scores.view(len(k), -1, group.width, group.width).add_(mask)
             shares = torch.softmax(scores, -1)
-            group.put(out, shares @ v)
+            group.put(out, product(shares, v))
             saved += (q, k, v, shares)
         ctx.save_for_backward(*saved)
         ctx.groups, ctx.scale = groups, scale
@@ -139,10 +140,10 @@ class _Attention(torch.autograd.Function):
         for number, group in enumerate(ctx.groups):
             q, k, v, shares = saved[4 * number : 4 * number + 4]
             back = group.take(d_out.transpose(1, 2)).reshape(q.shape)
-            group.put(d_value, shares.transpose(2, 3) @ back)
-            d_scores = torch._softmax_backward_data(back @ v.transpose(2, 3), shares, -1, shares.dtype)
-            group.put(d_query, d_scores @ k)
-            group.put(d_key, d_scores.transpose(2, 3) @ q)
+            group.put(d_value, product(shares.transpose(2, 3), back))
+            d_scores = torch._softmax_backward_data(product(back, v.transpose(2, 3)), shares, -1, shares.dtype)
+            group.put(d_query, product(d_scores, k))
+            group.put(d_key, product(d_scores.transpose(2, 3), q))
         gradients = (d_query.mul_(ctx.scale), d_key, d_value)
         return *(each.transpose(0, 1)[None] for each in gradients), None, None, None
 

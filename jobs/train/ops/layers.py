@@ -19,6 +19,7 @@ from torch import nn
 
 from loramill.jobs.train.ops import native
 from loramill.jobs.train.ops.norm import rms_norm
+from loramill.kernels.products import computes_in_float32, frozen_linear
 from loramill.kernels.training import native_library
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,19 @@ def _cpu_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     }  # codes of a quantized base are not
     fast = dtypes == {torch.bfloat16} and native_library(torch.device("cpu"), torch.bfloat16) is not None
     for module in model.modules():
-        if fast and (
+        if (forward := _linear_in_float32(module)) or (fast and (
             forward := _native_norm(module) or _native_mlp(module) or _with_rotary(module, native.apply_rotary)
-        ):
+        )):
             yield module, forward
         elif type(module).__name__ in _NORMS and _is_frozen(module):
             yield module, partial(rms_norm, module)
+
+
+def _linear_in_float32(module: Any) -> Forward | None:
+    """`frozen_linear`, if it is faster than a linear's own forward function; None for a linear with adapters."""
+    plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and "forward" not in vars(module)
+    slow = plain and _is_frozen(module) and computes_in_float32(module.weight.dtype)
+    return partial(frozen_linear, weight=module.weight, bias=module.bias) if slow else None
 
 
 def _native_norm(module: Any) -> Forward | None:

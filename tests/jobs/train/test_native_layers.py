@@ -9,8 +9,9 @@ import torch
 
 from loramill.jobs.train.batching import pack
 from loramill.jobs.train.forward import configured_forward, predict
+from loramill.jobs.train.methods.layers import AdaptedLinear, PassRows
 from loramill.jobs.train.ops.layers import layer_forwards
-from loramill.kernels import torch_backend, training
+from loramill.kernels import products, torch_backend, training
 
 from .test_fused import FAMILIES, tiny_family
 from .tiny_training import random_examples
@@ -19,12 +20,27 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_of_each_family_are_native_in_bfloat16(family: str) -> None:
+def test_layers_of_each_family_are_native_in_bfloat16(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_lacks_bfloat16", lambda: False)
     model = tiny_family(family).to(torch.bfloat16)
     names = Counter(type(module).__name__ for module, _ in layer_forwards(model, CPU))
     all_names = Counter(type(module).__name__ for module in model.modules())
     kinds = ["RMSNorm", "Attention"] + ["MLP"] * (not family.startswith("Gemma"))  # whose activation is GELU
     assert names == {f"{family}{kind}": all_names[f"{family}{kind}"] for kind in kinds}
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_frozen_linears_are_computed_in_float32_where_bfloat16_is_slow(
+    lacking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_lacks_bfloat16", lambda: lacking)
+    model = tiny_family("Llama").to(torch.bfloat16).requires_grad_(False)
+    linears = {module for module in model.modules() if type(module) is torch.nn.Linear}
+    trained, adapted, *others = sorted(linears, key=id)
+    trained.requires_grad_(True)
+    adapted.forward = AdaptedLinear(adapted, PassRows(), is_head=False, replaced=None).forward
+    replaced = {module for module, _ in layer_forwards(model, CPU) if module in linears}
+    assert replaced == (set(others) if lacking else set())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
