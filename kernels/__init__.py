@@ -38,9 +38,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 #: Values of LORAMILL_KERNELS; `cpu` is the best tier that the processor supports.
-BACKENDS = ("reference", "torch", "cpu", "cpu-avx512", "cpu-avx2", "triton")
+BACKENDS = ("reference", "torch", "cpu", "cpu-avx512", "cpu-avx512f", "cpu-avx2", "triton")
 #: The device of each backend that runs on one kind of device only.
-_DEVICES = {"cpu": "cpu", "cpu-avx512": "cpu", "cpu-avx2": "cpu", "triton": "cuda"}
+_DEVICES = {"cpu": "cpu", "cpu-avx512": "cpu", "cpu-avx512f": "cpu", "cpu-avx2": "cpu", "triton": "cuda"}
 
 
 @functools.cache

@@ -24,12 +24,12 @@ from loramill.errors import SetupError
 
 SOURCES = Path(__file__).parent / "source"
 
-#: Compiler flags and required CPU features of each tier, the best first.
+_AVX512_FLAGS = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+_AVX512_FEATURES = ("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+#: Compiler flags and required CPU features of each tier, the best first. Only "avx512" multiplies bfloat16 directly.
 TIERS = {
-    "avx512": (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16",
-        ("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
-    ),
+    "avx512": (f"{_AVX512_FLAGS} -mavx512bf16", (*_AVX512_FEATURES, "avx512_bf16")),
+    "avx512f": (_AVX512_FLAGS, _AVX512_FEATURES),
     "avx2": ("-mavx2 -mfma", ("avx2", "fma3")),
 }
 _FLAGS = "-O2 -std=c11 -shared -fPIC -pthread"

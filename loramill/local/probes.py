@@ -47,6 +47,8 @@ print(json.dumps([device, backend(device).name]))
 """
 _RAY = "import json, ray; from ray import serve, train; print(json.dumps(ray.__version__))"
 _PROBE_SECONDS = 180.0
+#: Vector instructions that kernels are compiled for, by their flag in /proc/cpuinfo.
+_CPU_FEATURES = (("avx2", "AVX2"), ("avx512f", "AVX512"), ("avx512_bf16", "AVX512-BF16"))
 
 
 class _ProbeError(Exception):
@@ -71,7 +73,7 @@ def hardware(settings: Settings) -> Iterable[Finding]:
 
 def cpu(capability: str, flags: frozenset[str], cores: int, threads: int) -> Finding:
     """Reports the processor's vector instructions, cores and threads."""
-    features = [name for flag, name in (("avx2", "AVX2"), ("avx512_bf16", "AVX512-BF16")) if flag in flags]
+    features = [name for flag, name in _CPU_FEATURES if flag in flags]
     found = f"{', '.join(features) or capability}; {cores} cores, torch uses {counted(threads, 'thread')}"
     if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features and "AVX" not in capability:
         return Finding(

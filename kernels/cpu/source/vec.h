@@ -6,7 +6,8 @@
 //
 //                     element  PAIR  CHUNK  registers of a vec
 //   avx512, bfloat16  bf16     2     32     1 (vdpbf16ps multiplies pairs and adds in float32)
-//   avx512, float32   float    1     16     1
+//   avx512f, bfloat16 bf16     2     32     1 (the halves of a pair are widened as they are multiplied)
+//   both, float32     float    1     16     1
 //   avx2, bfloat16    bf16     2     16     2 (widened to float32 on the fly)
 //   avx2, float32     float    1     16     2
 #pragma once
@@ -116,7 +117,33 @@ INLINE __m128 sum4(vec a, vec b, vec c, vec d) {
 
 #ifdef BFLOAT16
 
-typedef __m512bh panel, pair, chunk;
+#ifdef __AVX512BF16__
+typedef __m512bh pairs;
+INLINE pairs narrow32(vec high, vec low) { return _mm512_cvtne2ps_pbh(high, low); }
+INLINE __m256i narrow16(vec a) { return (__m256i)_mm512_cvtneps_pbh(a); }
+INLINE __m128i narrow4(__m128 a) { return (__m128i)_mm_cvtneps_pbh(a); }
+INLINE vec fma_pairs(vec acc, pairs a, pairs b) { return _mm512_dpbf16_ps(acc, a, b); }
+#else
+typedef __m512i pairs;
+INLINE __m256i narrow16(vec a) {
+    const __m512i bits = (__m512i)a, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, near, quiet), 16));
+}
+INLINE pairs narrow32(vec high, vec low) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow16(low)), narrow16(high), 1);
+}
+INLINE __m128i narrow4(__m128 a) { return _mm256_castsi256_si128(narrow16(_mm512_castps128_ps512(a))); }
+INLINE vec even(pairs a) { return (vec)_mm512_slli_epi32(a, 16); }
+INLINE vec odd(pairs a) { return (vec)_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000)); }
+INLINE vec fma_pairs(vec acc, pairs a, pairs b) {
+    return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), acc));
+}
+#endif
+
+typedef pairs panel, pair, chunk;
 #define CHUNK 32
 INLINE vec load(const element *p) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
@@ -124,13 +151,13 @@ INLINE vec load(const element *p) {
 INLINE vec load_first(int n, const element *p) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), 16);
 }
-INLINE void store(element *p, vec a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+INLINE void store(element *p, vec a) { _mm256_storeu_si256((__m256i *)p, narrow16(a)); }
 INLINE void store_first(int n, element *p, vec a) {
-    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh(a));
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), narrow16(a));
 }
-INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, (__m128i)_mm_cvtneps_pbh(a)); }
+INLINE void store4(element *p, __m128 a) { _mm_storel_epi64((__m128i *)p, narrow4(a)); }
 INLINE void store_panel(element *p, const vec *parts) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(parts[1], parts[0]));
+    _mm512_storeu_si512(p, (__m512i)narrow32(parts[1], parts[0]));
 }
 INLINE panel load_panel(const element *p) { return (panel)_mm512_loadu_si512(p); }
 // A panel with zeros as the second halves of its pairs.
@@ -143,9 +170,9 @@ INLINE pair load_pair(const element *p) {
     return (pair)_mm512_set1_epi32(both);
 }
 INLINE pair load_half_pair(const element *p) { return (pair)_mm512_set1_epi32(*p); }
-INLINE __m512bh widen32(__m256i a) {
+INLINE pairs widen32(__m256i a) {
     const vec low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(a)));
-    return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(a, 1))), low);
+    return narrow32(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(a, 1))), low);
 }
 INLINE panel load_panel8(const int8_t *p) { return widen32(_mm256_loadu_si256((const __m256i *)p)); }
 // A panel of 16 outputs whose inputs are two rows; in float32, the first alone.
@@ -154,14 +181,14 @@ INLINE panel panel_of_rows(const element *p, const element *q) {
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)q));
     return (panel)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
 }
-INLINE vec fma_panel(vec acc, panel w, pair x) { return _mm512_dpbf16_ps(acc, w, x); }
+INLINE vec fma_panel(vec acc, panel w, pair x) { return fma_pairs(acc, w, x); }
 INLINE chunk load_chunk(const element *p) { return (chunk)_mm512_loadu_si512(p); }
 INLINE chunk load_chunk_first(int n, const element *p) {
     return (chunk)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
 INLINE chunk load_chunk8(const int8_t *p) { return load_panel8(p); }
 INLINE void store_chunk(element *p, chunk a) { _mm512_storeu_si512(p, (__m512i)a); }
-INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return _mm512_dpbf16_ps(acc, a, b); }
+INLINE vec fma_chunk(vec acc, chunk a, chunk b) { return fma_pairs(acc, a, b); }
 
 #else
 

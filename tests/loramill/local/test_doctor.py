@@ -105,8 +105,8 @@ def test_this_machine_has_what_loramill_needs() -> None:
 
 
 def test_the_processor_is_reported() -> None:
-    flags = frozenset({"avx2", "avx512_bf16"})
-    assert probes.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512-BF16; 2 cores, torch uses 1 thread"
+    flags = frozenset({"avx2", "avx512f", "avx512_bf16"})
+    assert probes.cpu("AVX512", flags, 2, 1).found == "AVX2, AVX512, AVX512-BF16; 2 cores, torch uses 1 thread"
     assert probes.cpu("DEFAULT", frozenset(), 2, 1).status is not Status.ERROR
 
 
