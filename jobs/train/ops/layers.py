@@ -76,9 +76,10 @@ def _cpu_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     }  # codes of a quantized base are not
     fast = dtypes == {torch.bfloat16} and native_library(torch.device("cpu"), torch.bfloat16) is not None
     for module in model.modules():
-        if (forward := _linear_in_float32(module)) or (fast and (
-            forward := _native_norm(module) or _native_mlp(module) or _with_rotary(module, native.apply_rotary)
-        )):
+        forward = _linear_in_float32(module)
+        if forward is None and fast:
+            forward = _native_norm(module) or _native_mlp(module) or _with_rotary(module, native.apply_rotary)
+        if forward is not None:
             yield module, forward
         elif type(module).__name__ in _NORMS and _is_frozen(module):
             yield module, partial(rms_norm, module)
