@@ -39,6 +39,7 @@ class TextRequest:
         ignore_eos: continue after the base's stop tokens.
         tools: JSON schemas of tools, as the chat template renders them.
         constraint: what the whole answer must match; it ends where nothing can follow.
+        priority: a higher priority runs first.
     """
 
     id: str
@@ -51,6 +52,7 @@ class TextRequest:
     ignore_eos: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     constraint: OutputConstraint | None = None
+    priority: int = 0
 
 
 class TokenText(NamedTuple):

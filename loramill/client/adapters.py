@@ -14,7 +14,15 @@ from loramill.client.uploads import OnUpload, Source, Uploads
 from loramill.data.ingest import Columns
 from loramill.names import AdapterName
 from loramill.submission.options import drop_none
-from loramill.types import AdapterData, AdapterRecord, DeletionSummary, NewDataState, Removal, RetentionPolicy
+from loramill.types import (
+    AdapterData,
+    AdapterRecord,
+    DeletionSummary,
+    NewDataState,
+    Removal,
+    RetentionPolicy,
+    RolloutState,
+)
 
 if TYPE_CHECKING:
     from loramill.client.files import FilesResource
@@ -52,6 +60,40 @@ class AdaptersResource:
     def unpin(self, name: str) -> AdapterRecord:
         """Allows the champion to change again."""
         return self._post(name, "unpin")
+
+    def start_canary(
+        self,
+        name: str,
+        share: float,
+        *,
+        shadow: bool = False,
+        version: str | None = None,
+        promote_after_seconds: float | None = None,
+        min_requests: int | None = None,
+    ) -> RolloutState:
+        """Lets the challenger answer a share of the requests, or changes the share of the present canary.
+
+        Args:
+            name: `tenant/adapter`.
+            share: 0 to 1. Each user gets answers of one version while the share does not shrink.
+            shadow: The challenger answers copies of the share, which are compared and not sent.
+            version: A version that becomes the challenger. Default: the challenger.
+            promote_after_seconds: When the challenger is promoted, unless it is worse. Default: never.
+            min_requests: Number of requests from which the versions are compared. Default: 50.
+        """
+        body = {
+            "share": share,
+            "shadow": shadow,
+            "version": version,
+            "promote_after_seconds": promote_after_seconds,
+            "min_requests": min_requests,
+        }
+        response = self._transport.request_json("POST", f"{_adapter_path(name)}/canary", json=drop_none(body))
+        return parse_object(RolloutState, response)
+
+    def end_canary(self, name: str) -> RolloutState:
+        """Ends the canary of an adapter: its champion answers all requests again."""
+        return parse_object(RolloutState, self._transport.request_json("DELETE", f"{_adapter_path(name)}/canary"))
 
     def rename(self, name: str, to: str) -> AdapterRecord:
         """Renames an adapter with everything that belongs to it; the tenant stays the same."""

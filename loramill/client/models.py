@@ -22,6 +22,7 @@ from loramill.types import (
     JobStatus,
     KeyRecord,
     PendingAction,
+    RolloutState,
     SweepCandidate,
     TenantRecord,
     VersionRecord,
@@ -264,11 +265,12 @@ class SubmittedJob(FrozenModel):
 
 
 class Adapter(AdapterRecord):
-    """An adapter with its versions, the history of its aliases, and its evaluations, newest first."""
+    """An adapter with its versions, the history of its aliases, its evaluations and rollouts, newest first."""
 
     versions: tuple[VersionRecord, ...] = ()
     history: tuple[AliasChange, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
+    rollouts: tuple[RolloutState, ...] = ()
 
 
 class AnswerTexts(FrozenModel):

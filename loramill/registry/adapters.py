@@ -2,7 +2,8 @@
 
 An adapter with a published version has a champion; before that, it may have the versions of a running job's
 checkpoints. The champion always differs from the previous champion and from the challenger. Moving an alias locks the
-adapter's row, so that moves are serialized and recorded in their order.
+adapter's row, so that moves are serialized and recorded in their order. A rollout ends when an alias leaves the
+versions that it compares.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from loramill.registry.database.tables import (
     PrunedVersionRow,
     VersionRow,
 )
-from loramill.types import AdapterRecord, Alias, AliasChange, RetentionPolicy, VersionRecord
+from loramill.registry.rollouts import records as rollouts
+from loramill.types import AdapterRecord, Alias, AliasChange, RetentionPolicy, RolloutOutcome, VersionRecord
 
 
 def get_or_create(session: Session, name: AdapterName) -> AdapterRecord:
@@ -149,9 +151,9 @@ def add_version(session: Session, version: VersionRecord) -> Alias | None:
     if aliases.get(Alias.CHAMPION) == version.id:
         return None
     alias = Alias.CHALLENGER if Alias.CHAMPION in aliases else Alias.CHAMPION
-    _move_alias(
-        session, version.adapter, alias, version.id, f"published by {version.job}" if version.job else "imported"
-    )
+    reason = f"published by {version.job}" if version.job else "imported"
+    _move_alias(session, version.adapter, alias, version.id, reason)
+    _end_rollout(session, version.adapter, reason)
     return alias
 
 
@@ -170,6 +172,7 @@ def move(session: Session, name: AdapterName | str, alias: Alias, version: str |
         if aliases.get(Alias.CHAMPION) == version:
             raise Conflict(f"{version[:SHORT_HASH_LENGTH]} is already the champion of '{name}'.", param="version")
     _move_alias(session, name, alias, version, reason)
+    _end_rollout(session, name, reason)
     return get(session, name)
 
 
@@ -187,6 +190,7 @@ def promote(session: Session, name: AdapterName | str, version: str, reason: str
         _check_not_pinned(session, name)
         _move_alias(session, name, Alias.PREVIOUS, champion, reason)
         _make_champion(session, name, version, aliases, reason)
+        _end_rollout(session, name, reason)
     return get(session, name)
 
 
@@ -204,6 +208,7 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
         raise Conflict(f"'{name}' has no previous champion to roll back to.")
     _move_alias(session, name, Alias.PREVIOUS, aliases.get(Alias.CHAMPION), reason)
     _make_champion(session, name, previous, aliases, reason)
+    _end_rollout(session, name, reason)
     return get(session, name)
 
 
@@ -214,6 +219,7 @@ def pin(session: Session, name: AdapterName | str, version: str, reason: str) ->
         NotFound, Conflict: as in `promote`.
     """
     promote(session, name, version, reason)
+    rollouts.end(session, name, RolloutOutcome.ENDED, reason)
     return _set_pinned(session, name, pinned=True)
 
 
@@ -327,6 +333,10 @@ def _move_alias(session: Session, name: AdapterName | str, alias: Alias, version
         session.execute(insert(AliasRow).values(adapter=str(name), alias=alias, version=version))
     session.add(AliasChangeRow(adapter=str(name), alias=alias, version=version, reason=reason, created_at=time.time()))
     session.flush()
+
+
+def _end_rollout(session: Session, name: AdapterName | str, reason: str) -> None:
+    rollouts.end_if_moved(session, name, _aliases(session, name), reason)
 
 
 def _to_record(row: AdapterRow, aliases: dict[Alias, str]) -> AdapterRecord:

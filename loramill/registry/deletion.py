@@ -34,10 +34,12 @@ from loramill.registry.database.tables import (
     NightlyStepRow,
     PrunedVersionRow,
     RateWindowRow,
+    RolloutRow,
     SourceFileRow,
     TenantRow,
     UsageRow,
     VersionRow,
+    VersionTrafficRow,
 )
 from loramill.registry.jobs import transitions
 from loramill.types import Alias, DeletionSummary, JobStatus, VersionRecord
@@ -212,6 +214,8 @@ def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
         VersionRow,
         PrunedVersionRow,
         CompletionRow,  # with their feedback
+        RolloutRow,
+        VersionTrafficRow,
     ):
         _execute(session, delete(table).where(table.adapter.in_(names)))
     _execute(session, delete(AdapterRow).where(condition))

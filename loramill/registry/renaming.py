@@ -22,8 +22,10 @@ from loramill.registry.database.tables import (
     NightlyRunRow,
     NightlyStepRow,
     PrunedVersionRow,
+    RolloutRow,
     SourceFileRow,
     VersionRow,
+    VersionTrafficRow,
 )
 from loramill.types import AdapterRecord
 
@@ -38,14 +40,16 @@ _OF_ADAPTER = (
     SourceFileRow,
     PrunedVersionRow,
     CompletionRow,
+    RolloutRow,
+    VersionTrafficRow,
 )
 
 
 def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecord:
     """Renames an adapter.
 
-    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps, stored
-    completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
+    Versions, aliases and their history, the pin, the retention, evaluations, new data, past nightly steps, rollouts,
+    stored completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
 
     Raises:
         NotFound: there is no such adapter.

@@ -53,6 +53,14 @@ from loramill.types.nightly import (
     StepStatus,
 )
 from loramill.types.retention import Removal, RetentionPolicy
+from loramill.types.rollouts import (
+    RolloutKind,
+    RolloutOutcome,
+    RolloutRecord,
+    RolloutState,
+    TrafficCounts,
+    WatchPolicy,
+)
 from loramill.types.sweeps import CandidateState, SweepCandidate
 from loramill.types.tenants import AuditRecord, KeyRecord, Limits, RateWindow, Scope, TenantRecord, UsageRecord
 
@@ -102,6 +110,10 @@ __all__ = [
     "Rating",
     "Removal",
     "RetentionPolicy",
+    "RolloutKind",
+    "RolloutOutcome",
+    "RolloutRecord",
+    "RolloutState",
     "Schedule",
     "ScheduledTime",
     "Scope",
@@ -113,7 +125,9 @@ __all__ = [
     "StepStatus",
     "SweepCandidate",
     "TenantRecord",
+    "TrafficCounts",
     "TrainOn",
     "UsageRecord",
     "VersionRecord",
+    "WatchPolicy",
 ]

@@ -21,6 +21,7 @@ from loramill.errors import LoramillError, SetupError
 from loramill.gpus.machine import list_gpus
 from loramill.local.machine import object_store_folder
 from loramill.models.catalog import find_base
+from loramill.pipelines.nightly.rollout.advance import start_deciding
 from loramill.pipelines.nightly.schedule.scheduler import start_scheduler
 from loramill.plural import counted
 from loramill.settings import Settings
@@ -103,11 +104,13 @@ def run(settings: Settings) -> None:
     check_ray_gpus(settings)
     deploy(settings.model_copy(update={"jobs": settings.jobs.model_copy(update={"cpus": NOMINAL_CPUS})}))
     schedule, stop_schedule = start_scheduler(settings)
+    rollouts = start_deciding(settings, ended)
     log.info("up")
     ended.wait()
     log.info("stopping")
     stop_schedule.set()
     schedule.join(SCHEDULE_STOP_SECONDS)
+    rollouts.join(SCHEDULE_STOP_SECONDS)
     serve.shutdown()
     ray.shutdown()
 

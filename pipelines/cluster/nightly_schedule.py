@@ -1,12 +1,17 @@
-"""The schedule of nightly runs on a Ray cluster: a detached actor on the head, restarted by Ray when it dies."""
+"""The schedule of nightly runs, and decisions about rollouts, on a Ray cluster: a detached actor on the head.
+
+Ray restarts it when it dies.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 
 import ray
 
 from loramill import logs
+from loramill.pipelines.nightly.rollout.advance import start_deciding
 from loramill.pipelines.nightly.schedule.scheduler import start_scheduler
 from loramill.settings import Settings
 
@@ -18,11 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class NightlyScheduleActor:
-    """Runs the scheduler in a thread. Its state is in the registry, so that it continues after a restart."""
+    """Runs the scheduler, and decides about rollouts. Their state is in the registry and outlives a restart."""
 
     def __init__(self, settings: Settings) -> None:
         logs.configure()
         start_scheduler(settings)
+        start_deciding(settings, threading.Event())
 
     def ping(self) -> None:
         """Returns when it runs."""

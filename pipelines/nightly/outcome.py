@@ -19,6 +19,8 @@ class Verdict(StrEnum):
 
     PROMOTED = "promoted"
     HELD = "held"
+    CANARY = "canary"  # it passed the gate, and answers a share of the requests
+    SHADOW = "shadow"  # it passed the gate, and answers copies of a share
     REJECTED = "rejected"  # there is evidence of harm
     FAILED = "failed"
     WAITING = "waiting"  # for more data
@@ -146,6 +148,8 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
 
 def _gate_verdict(result: Mapping[str, Any]) -> Verdict:
     """The verdict in the result of the gate's step, or of the promotion's."""
+    if "rollout" in result:
+        return Verdict(result["rollout"])
     if "verdict" not in result:  # older runs recorded a boolean, under the name of the step
         return Verdict.PROMOTED if result.get("promote") or result.get("promoted") else Verdict.HELD
     return _GATE_VERDICTS[GateVerdict(result["verdict"])]

@@ -10,6 +10,7 @@ from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.evaluation.results import pair
 from loramill.pipelines.nightly.gate.candidates import GateDecision, GateVerdict
 from loramill.pipelines.nightly.gate.policy import decide
+from loramill.pipelines.nightly.rollout.introduce import introduce
 from loramill.registry import adapters, evaluations
 from loramill.types import Alias
 
@@ -43,13 +44,22 @@ def _promote(context: NightlyContext, adapter: str) -> None:
     run = f"nightly run {context.run.id}"
     with context.registry.writing() as session:
         champion = adapters.get(session, name).champion
-        final = decision
+        final, started = decision, None
         if decision.promote and collected and champion not in (collected["champion"], version):
             now = champion and champion[:SHORT_HASH_LENGTH]
             final = _held(decision, f"its champion became {now} during the run; run it again")
         elif decision.promote:
+            definition = context.definition.for_adapter(adapter)
             try:
-                adapters.promote(session, name, version, f"{run}: {decision.reason}")
+                started = introduce(
+                    session,
+                    name,
+                    version,
+                    canary=definition.canary,
+                    watch=definition.watch,
+                    run=context.run.id,
+                    reason=f"{run}: {decision.reason}",
+                )
             except Conflict as error:  # the tenant has pinned the champion
                 final = _held(decision, error.message)
         elif champion == version:
@@ -60,7 +70,10 @@ def _promote(context: NightlyContext, adapter: str) -> None:
         if not final.promote:
             adapters.move(session, name, Alias.CHALLENGER, None, f"{run}: {final.reason}")
         champion = adapters.get(session, name).champion
-        result = {"promoted": final.promote, "verdict": final.verdict.value, "champion": champion}
+        promoted = final.promote and started is None
+        result = {"promoted": promoted, "verdict": final.verdict.value, "champion": champion}
+        if started is not None:
+            result["rollout"] = started.value
         context.finish(session, adapter, "promote", result)
 
 

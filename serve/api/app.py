@@ -15,7 +15,7 @@ from loramill.registry import Registry
 from loramill.serve.api.dependencies import Gateway, ServedBase
 from loramill.serve.api.docs import add_docs
 from loramill.serve.api.errors import add_error_handlers
-from loramill.serve.api.generation.model_lookup import version_cache
+from loramill.serve.api.generation.model_lookup import route_cache, version_cache
 from loramill.serve.api.limits.flush import usage_flusher
 from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.api.middleware.access_log import AccessLogMiddleware
@@ -42,6 +42,9 @@ from loramill.serve.api.routes import (
 )
 from loramill.serve.api.storage.consent import tenant_cache
 from loramill.serve.api.storage.writer import CompletionWriter
+from loramill.serve.api.traffic.flush import traffic_flusher
+from loramill.serve.api.traffic.shadow import ShadowRunner
+from loramill.serve.api.traffic.tracker import TrafficTracker
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.submission.dataset_checks import DatasetChecks
@@ -86,7 +89,8 @@ def build_api(
         settings: limits of uploads and of training files, CORS origins, and more.
         other_bases: more base models that are served.
     """
-    usage_tracker, writer = UsageTracker(), CompletionWriter(registry)
+    usage_tracker, writer, traffic = UsageTracker(), CompletionWriter(registry), TrafficTracker()
+    shadows = ShadowRunner(traffic)
     app = FastAPI(
         title="loramill",
         version=loramill.__version__,
@@ -94,11 +98,11 @@ def build_api(
         openapi_tags=TAGS,
         docs_url=None,
         redoc_url=None,
-        lifespan=lambda _: _background(usage_tracker, writer, registry),
+        lifespan=lambda _: _background(usage_tracker, writer, traffic, shadows, registry),
     )
     served = {each.base.name: each for each in (ServedBase(base, backend), *other_bases)}
     dataset_checks = DatasetChecks(registry.artifacts, tokenizer)
-    versions = version_cache(registry, settings.serve.grace_seconds)
+    grace_seconds = settings.serve.grace_seconds
     app.state.gateway = Gateway(
         registry,
         base,
@@ -106,10 +110,13 @@ def build_api(
         served,
         settings,
         dataset_checks,
-        versions,
+        version_cache(registry, grace_seconds),
+        route_cache(registry, grace_seconds),
         usage_tracker,
-        tenant_cache(registry, settings.serve.grace_seconds),
+        tenant_cache(registry, grace_seconds),
         writer,
+        traffic,
+        shadows,
     )
     for router in ROUTERS:
         app.include_router(router)
@@ -130,7 +137,18 @@ def build_api(
 
 
 @asynccontextmanager
-async def _background(usage_tracker: UsageTracker, writer: CompletionWriter, registry: Registry) -> AsyncIterator[None]:
-    """Writes usage and stored completions while the block runs, and what is left of them at its end."""
-    async with usage_flusher(usage_tracker, registry), writer.running():
+async def _background(
+    usage_tracker: UsageTracker,
+    writer: CompletionWriter,
+    traffic: TrafficTracker,
+    shadows: ShadowRunner,
+    registry: Registry,
+) -> AsyncIterator[None]:
+    """Writes usage, traffic and stored completions while the block runs, and what is left of them at its end."""
+    async with (
+        usage_flusher(usage_tracker, registry),
+        traffic_flusher(traffic, registry, usage_tracker.gateway_id),
+        writer.running(),
+        shadows,
+    ):
         yield

@@ -16,11 +16,13 @@ from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.limits.tracker import UsageTracker
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.storage.writer import CompletionWriter
+from loramill.serve.api.traffic.shadow import ShadowRunner
+from loramill.serve.api.traffic.tracker import TrafficTracker
 from loramill.serve.protocol import GenerationBackend
 from loramill.settings import Settings
 from loramill.submission.dataset_checks import DatasetChecks
 from loramill.submission.submit import SubmissionContext
-from loramill.types import TenantRecord, VersionRecord
+from loramill.types import RolloutRecord, TenantRecord, VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,21 @@ class ServedBase:
 
     base: Base
     backend: GenerationBackend
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRoute:
+    """The versions that answer requests for an adapter without a version.
+
+    Attributes:
+        champion: the version that answers.
+        rollout: a canary or shadow of the adapter; None: there is none.
+        challenger: the version that the rollout tries.
+    """
+
+    champion: VersionRecord
+    rollout: RolloutRecord | None = None
+    challenger: VersionRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +60,12 @@ class Gateway:
         settings: the settings.
         dataset_checks: cached checks of files.
         version_cache: the version of an adapter and an alias or version prefix.
+        routes: the versions that answer for an adapter without a version.
         usage_tracker: limits and usage of the tenants.
         tenant_cache: tenants with their settings, by name.
         completions: writes stored completions.
+        traffic: what the answers of versions are like.
+        shadows: copies of requests that run in the background.
     """
 
     registry: Registry
@@ -55,9 +75,12 @@ class Gateway:
     settings: Settings
     dataset_checks: DatasetChecks
     version_cache: ReadThroughCache[tuple[AdapterName, str], VersionRecord]
+    routes: ReadThroughCache[AdapterName, AdapterRoute]
     usage_tracker: UsageTracker
     tenant_cache: ReadThroughCache[str, TenantRecord]
     completions: CompletionWriter
+    traffic: TrafficTracker
+    shadows: ShadowRunner
 
     @property
     def submission(self) -> SubmissionContext:

@@ -210,7 +210,7 @@ class Replica:
             # Under a constraint, stop tokens are never text: they are postponed as long as anything else can follow.
             min_tokens = available if params.max_tokens is None else params.max_tokens
             params = replace(params, stop_ids=self._tokenizer.stop_ids, min_tokens=min_tokens)
-        return Request(request.id, request.tenant, tuple(tokens), params, request.version, mask=mask)
+        return Request(request.id, request.tenant, tuple(tokens), params, request.version, request.priority, mask=mask)
 
     def _run(self) -> None:
         # Once this thread has ended, `ready` raises and the replica is replaced.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from loramill.cli.adapters.aliases import pin, promote, rollback, unpin, warm
+from loramill.cli.adapters.canary import canary
 from loramill.cli.adapters.chat import chat
 from loramill.cli.adapters.data import add_data, list_data
 from loramill.cli.adapters.delete import delete_adapters
@@ -37,6 +38,7 @@ def add_adapter_commands(app: typer.Typer) -> None:
     adapters.command("export")(export)
     adapters.command("import")(import_adapter)
     adapters.command("merge")(merge)
+    adapters.command("canary")(canary)
     adapters.command("pin")(pin)
     adapters.command("unpin")(unpin)
     adapters.command("warm")(warm)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from loramill.cli.adapters.canary import describe_rollout
 from loramill.cli.arguments import AdapterArgument, JsonFlag, TenantOption
 from loramill.cli.format import (
     print_fields,
@@ -44,7 +45,7 @@ def list_adapters(tenant: TenantOption = None, json: JsonFlag = False) -> None:
 
 
 def show_adapter(name: AdapterArgument, json: JsonFlag = False) -> None:
-    """Show an adapter's versions, evaluation scores and alias history."""
+    """Show an adapter's versions, rollouts, evaluation scores and alias history."""
     with Client() as client:
         adapter = client.adapters.get(name)
     if json:
@@ -63,7 +64,12 @@ def show_adapter(name: AdapterArgument, json: JsonFlag = False) -> None:
         ),
         empty=f"{name} has no versions yet.",
     )
-    for title, rows in (("Scores", _score_fields(adapter)), ("History", _history_fields(adapter))):
+    parts = {
+        "Rollouts": _rollout_fields(adapter),
+        "Scores": _score_fields(adapter),
+        "History": _history_fields(adapter),
+    }
+    for title, rows in parts.items():
         if rows:
             print_line(f"\n{title}")
             print_fields(rows)
@@ -72,6 +78,10 @@ def show_adapter(name: AdapterArgument, json: JsonFlag = False) -> None:
 
 def _aliases(adapter: Adapter, version: str) -> list[str]:
     return [alias for alias in Alias if getattr(adapter, alias) == version]
+
+
+def _rollout_fields(adapter: Adapter) -> list[tuple[str, str]]:
+    return [(time_ago(each.started_at), describe_rollout(each)) for each in adapter.rollouts]
 
 
 def _score_fields(adapter: Adapter) -> list[tuple[str, str]]:

@@ -9,11 +9,32 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, ForeignKeyConstraint, Index, MetaData, String, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    String,
+    UniqueConstraint,
+    false,
+)
 from sqlalchemy import Enum as EnumType
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from loramill.types import Alias, CompletionKind, ContentSide, JobStatus, Rating, Scope, StepStatus
+from loramill.types import (
+    Alias,
+    CompletionKind,
+    ContentSide,
+    JobStatus,
+    Rating,
+    RolloutKind,
+    RolloutOutcome,
+    Scope,
+    StepStatus,
+)
 
 
 class TableBase(DeclarativeBase):
@@ -412,6 +433,54 @@ class FeedbackRow(TableBase):
     example_file: Mapped[str | None]
     pair_used_at: Mapped[float | None]
     pair_file: Mapped[str | None]
+
+
+class RolloutRow(TableBase):
+    """A canary, a shadow or a watch of an adapter, as in `RolloutRecord`.
+
+    `open` is true or null, and unique per adapter, so that at most one is open. Versions may be deleted after its end.
+    """
+
+    __tablename__ = "rollouts"
+    __table_args__ = (UniqueConstraint("adapter", "open"), Index(None, "adapter", "id"))
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"))
+    open: Mapped[bool | None]
+    kind: Mapped[RolloutKind] = mapped_column(_text_enum(RolloutKind))
+    version: Mapped[str] = mapped_column(String(64))
+    baseline: Mapped[str | None] = mapped_column(String(64))
+    share: Mapped[float]
+    run: Mapped[str | None] = mapped_column(ForeignKey("nightly_runs.id"))
+    policy: Mapped[dict[str, Any]]
+    started_at: Mapped[float]
+    ends_at: Mapped[float | None]
+    ended_at: Mapped[float | None]
+    outcome: Mapped[RolloutOutcome | None] = mapped_column(_text_enum(RolloutOutcome))
+    reason: Mapped[str]
+
+
+class VersionTrafficRow(TableBase):
+    """What a version's answers were like in one minute at one gateway, as in `TrafficCounts`.
+
+    A gateway replaces its row by newer sums. Ratings have rows of their own, of the gateway "". There are no foreign
+    keys, since a gateway may write what it has counted after the adapter was deleted; the clean-up removes that.
+    """
+
+    __tablename__ = "version_traffic"
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, index=True)
+    gateway: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int] = mapped_column(BigInteger)
+    errors: Mapped[int] = mapped_column(BigInteger)
+    empty: Mapped[int] = mapped_column(BigInteger)
+    cut: Mapped[int] = mapped_column(BigInteger)
+    good: Mapped[int] = mapped_column(BigInteger)
+    bad: Mapped[int] = mapped_column(BigInteger)
+    first_token_seconds: Mapped[float]
+    total_seconds: Mapped[float]
+    first_token_histogram: Mapped[dict[str, Any]]
+    total_histogram: Mapped[dict[str, Any]]
 
 
 class UsageRow(TableBase):

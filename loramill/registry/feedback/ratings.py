@@ -14,6 +14,7 @@ from loramill.registry.database.tables import CompletionRow, FeedbackRow
 from loramill.registry.feedback import completions
 from loramill.registry.feedback.withdrawal import withdraw
 from loramill.registry.pagination import newest_page
+from loramill.registry.rollouts import traffic
 from loramill.types import CompletionDeletion, FeedbackRecord, Rating
 
 #: Fields of a record that are those of the completion.
@@ -59,6 +60,9 @@ def give(
             row.pair_used_at = row.pair_file = None
             if row.correction != correction:
                 row.example_used_at = row.example_file = None
+        if rating is not None and row.rating is None and completion.adapter and completion.version:
+            good = rating is Rating.GOOD
+            traffic.add_rating(session, completion.adapter, completion.version, good=good, now=now)
         row.rating, row.correction, row.reason = given
         row.updated_at = now
         session.flush()

@@ -12,6 +12,7 @@ from loramill.serve.api.generation.metrics import GenerationMetrics
 from loramill.serve.api.generation.model_lookup import Target
 from loramill.serve.api.generation.streaming import Admission, generate
 from loramill.serve.api.middleware.authentication import Caller
+from loramill.serve.api.traffic.observation import CallObservation
 from loramill.serve.protocol import TextChunk, TextRequest
 
 #: Characters per token, for prompts that are not tokenized yet. OpenAI estimates with the same number.
@@ -45,8 +46,12 @@ async def admitted(
         metrics.record_end(error)
         raise
     try:
-        with metrics:
-            async with aclosing(generate(target.served.backend, requests, metrics.record_chunk)) as chunks:
+        observed = (target.name, target.version) if target.by_default and target.version else None
+        observation = CallObservation(gateway.traffic, observed, len(requests))
+        with metrics, observation:
+            gateway.shadows.copy(target.shadow, target.served.backend, requests)
+            on_chunk = observation.recording(metrics.record_chunk)
+            async with aclosing(generate(target.served.backend, requests, on_chunk)) as chunks:
                 yield Admission(chunks, {**target.headers, **permit.headers})
     finally:
         count = _usage_count(metrics.last_chunks, n)

@@ -13,7 +13,7 @@ from loramill.data.conversation import to_request_messages
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.generation.admission import admitted
 from loramill.serve.api.generation.chat_chunks import ChatDeltas, call_object, finish_reason, logprobs_object
-from loramill.serve.api.generation.model_lookup import find_model
+from loramill.serve.api.generation.model_lookup import find_model, sticky_key
 from loramill.serve.api.generation.streaming import Chunks, GenerationResult, respond_complete, respond_streaming
 from loramill.serve.api.responses import ERRORS, returns_generation
 from loramill.serve.api.schemas.chat import ChatCompletion, ChatCompletionChunk, ChatRequest
@@ -38,7 +38,7 @@ async def create_chat_completion(
     """Generates answers to a conversation, as JSON or as server-sent events."""
     body.check_stream_options()
     limit, alternatives, constraint = body.completion_limit(), body.logprob_count(), body.constraint()
-    target = await find_model(gateway, caller, body.model)
+    target = await find_model(gateway, caller, body.model, sticky_key(caller, body.user))
     envelope = ResponseEnvelope.for_target(target, "chatcmpl")
     kept = await storing(gateway, target, body, CompletionKind.CHAT, _stored_request(body))
     fields = {

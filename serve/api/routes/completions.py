@@ -12,7 +12,7 @@ from starlette.responses import Response
 from loramill.data.token_bytes import is_utf8
 from loramill.serve.api.dependencies import CallerDep, GatewayDep
 from loramill.serve.api.generation.admission import admitted
-from loramill.serve.api.generation.model_lookup import find_model
+from loramill.serve.api.generation.model_lookup import find_model, sticky_key
 from loramill.serve.api.generation.offsets import TextOffsets
 from loramill.serve.api.generation.streaming import Chunks, GenerationResult, respond_complete, respond_streaming
 from loramill.serve.api.responses import ERRORS, returns_generation
@@ -37,7 +37,7 @@ async def create_completion(
     """Continues one prompt or several, as JSON or as server-sent events."""
     body.check_stream_options()
     body.check_max_tokens()
-    target = await find_model(gateway, caller, body.model)
+    target = await find_model(gateway, caller, body.model, sticky_key(caller, body.user))
     envelope = ResponseEnvelope.for_target(target, "cmpl")
     stored_request = {"prompts": body.prompt, "n": body.n, "echo": body.echo}
     kept = await storing(gateway, target, body, CompletionKind.TEXT, stored_request)

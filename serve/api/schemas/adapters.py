@@ -19,7 +19,9 @@ from loramill.types import (
     NewDataState,
     Removal,
     RetentionPolicy,
+    RolloutState,
     VersionRecord,
+    WatchPolicy,
 )
 
 _VERSION = "An alias, or the version's ID or at least its first 8 digits."
@@ -42,6 +44,34 @@ class NewDataRequest(RequestBody):
 
     training_file: str = Field(description="ID of a file with training examples.")
     validation_file: str | None = Field(default=None, description="ID of a file with validation examples.")
+
+
+class CanaryRequest(RequestBody):
+    """The share of an adapter's requests that its challenger answers."""
+
+    share: float = Field(ge=0, le=1, description="Share of the requests, 0 to 1.")
+    shadow: bool = Field(
+        default=False,
+        description="The challenger answers copies of the share instead, which are compared with the champion's and "
+        "not sent.",
+    )
+    version: str | None = Field(
+        default=None, description=f"{_VERSION} It becomes the challenger. Default: the challenger."
+    )
+    promote_after_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds after which the challenger is promoted, unless it is worse. Default: it never is.",
+    )
+    min_requests: int | None = Field(
+        default=None, ge=1, description="Number of requests from which the versions are compared. Default: 50."
+    )
+
+    def policy(self) -> WatchPolicy | None:
+        """When the versions are compared; None: as it is."""
+        given = {"window_seconds": self.promote_after_seconds, "min_requests": self.min_requests}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return WatchPolicy.model_validate(changes) if changes else None
 
 
 class RenameRequest(RequestBody):
@@ -184,12 +214,21 @@ class ImportedAdapter(Adapter):
     version: str = Field(description="ID of the imported version.")
 
 
+class AdapterRollout(RolloutState):
+    """A canary, a shadow or a watch of an adapter, with what was measured."""
+
+    model_config = ALL_FIELDS
+
+    object: ObjectType[Literal["adapter.rollout"]]
+
+
 class AdapterHistory(Adapter):
     """An adapter with its history."""
 
     versions: list[VersionRecord] = Field(description="Its versions, newest first.")
     history: list[AliasChange] = Field(description="Changes of its aliases, newest first.")
     evaluations: list[EvaluationRecord] = Field(description="Its evaluations, newest first.")
+    rollouts: list[AdapterRollout] = Field(description="Its last 20 rollouts, newest first.")
 
 
 @response_object

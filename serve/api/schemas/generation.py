@@ -91,7 +91,9 @@ class GenerationRequest(RequestBody):
         description="Store the completion, for the tenant's retention time. Refused if the tenant has not consented.",
     )
     user: str | None = Field(
-        default=None, description="Your user. With `store`, all that is stored of a user can be deleted."
+        default=None,
+        description="Your user. During a canary, each gets answers of one version. With `store`, all that is stored of "
+        "a user can be deleted.",
     )
     metadata: Metadata | None = Field(
         default=None, description="Up to 16 pairs of strings, by which stored completions can be listed."

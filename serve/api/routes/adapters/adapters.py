@@ -13,12 +13,14 @@ from starlette.concurrency import run_in_threadpool
 
 from loramill.names import AdapterName
 from loramill.registry import adapters, evaluations
+from loramill.registry.rollouts import records as rollouts
 from loramill.serve.api.dependencies import CallerDep, Gateway, GatewayDep
 from loramill.serve.api.generation.admission import admitted
 from loramill.serve.api.generation.model_lookup import find_model
 from loramill.serve.api.generation.streaming import collect
 from loramill.serve.api.middleware.authentication import Caller
 from loramill.serve.api.responses import ERRORS, returns
+from loramill.serve.api.routes.adapters.canary import rollout_object
 from loramill.serve.api.routes.adapters.common import ADAPTER_PATH, adapter_object, authorized_name
 from loramill.serve.api.routes.audit import record_change
 from loramill.serve.api.schemas.adapters import Adapter, AdapterHistory, AdapterWarm, PromotionRequest, VersionSelector
@@ -42,13 +44,14 @@ def list_adapters(gateway: GatewayDep, caller: CallerDep) -> dict[str, Any]:
 def retrieve_adapter(
     tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Returns an adapter with its versions, the history of its aliases, and its evaluations."""
+    """Returns an adapter with its versions, the history of its aliases, its evaluations and its rollouts."""
     name = authorized_name(caller, tenant, adapter)
     with gateway.registry.reading() as session:
         return adapter_object(adapters.get(session, name)) | {
             "versions": _dump(adapters.list_versions(session, name)),
             "history": _dump(adapters.alias_history(session, name)),
             "evaluations": _dump(evaluations.list_evaluations(session, name)),
+            "rollouts": [rollout_object(session, each) for each in rollouts.list_rollouts(session, name=name)],
         }
 
 

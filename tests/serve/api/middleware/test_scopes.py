@@ -64,6 +64,8 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/adapters/*/*/pin": (MANAGE,),
     "POST /v1/adapters/*/*/unpin": (MANAGE,),
     "POST /v1/adapters/*/*/warm": (MANAGE,),
+    "POST /v1/adapters/*/*/canary": (MANAGE,),
+    "DELETE /v1/adapters/*/*/canary": (MANAGE,),
     "POST /v1/adapters/*/*/retention": (MANAGE,),
     "POST /v1/adapters/prune": (MANAGE,),
     "GET /v1/adapters/*/*/data": (TRAIN, READ),

@@ -72,6 +72,11 @@ def _rolling_back(stage: Stage) -> httpx.Response:
     return stage.own.post(f"/v1/adapters/{stage.tenant}/a/rollback")
 
 
+def _ending_a_canary(stage: Stage) -> httpx.Response:
+    stage.own.post(f"/v1/adapters/{stage.tenant}/a/canary", json={"share": 0.1})
+    return stage.own.delete(f"/v1/adapters/{stage.tenant}/a/canary")
+
+
 def _deleting_a_version(stage: Stage) -> httpx.Response:
     [challenger] = [row["challenger"] for row in stage.own.get("/v1/adapters").json()["data"] if row["challenger"]]
     return stage.own.delete(f"/v1/adapters/{stage.tenant}/a/versions/{challenger}", params={"force": "true"})
@@ -179,6 +184,12 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     ),
     "POST /v1/adapters/*/*/rollback": (_rolling_back, "adapter.rollback", False),
     "POST /v1/adapters/*/*/pin": (lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/pin"), "adapter.pin", False),
+    "POST /v1/adapters/*/*/canary": (
+        lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/canary", json={"share": 0.1}),
+        "adapter.canary",
+        False,
+    ),
+    "DELETE /v1/adapters/*/*/canary": (_ending_a_canary, "adapter.canary_end", False),
     "POST /v1/adapters/*/*/unpin": (lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/unpin"), "adapter.unpin", False),
     "POST /v1/adapters/*/*/warm": (lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/warm"), "adapter.warm", False),
     "POST /v1/adapters/*/*/data": (
@@ -240,7 +251,8 @@ def test_a_change_leaves_a_row(stage: Stage, endpoint: str) -> None:
     assert row.tenant == owners.get(action, stage.tenant)
     assert row.actor == (None if by_admin else stage.tenant)
     assert row.key.startswith("key-") and row.subject
-    if "id" in answer.json() and not action.startswith("tenant") and action not in ("adapter.rename", "version.delete"):
+    other_ids = ("tenant", "adapter.rename", "adapter.canary", "version.delete")
+    if "id" in answer.json() and not action.startswith(other_ids):
         assert row.subject == answer.json()["id"]
     if "key" in answer.json():
         assert answer.json()["key"] not in str(row)

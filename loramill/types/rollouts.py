@@ -1,0 +1,137 @@
+"""Rollouts: how a version takes over the traffic of an adapter, and what its answers were like meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+
+from pydantic import Field
+
+from loramill.types.base import FrozenModel
+
+#: Buckets of a latency histogram per factor of two: neighbors differ by 19%.
+LATENCY_BUCKETS_PER_DOUBLING = 4
+#: Seconds of the shortest latency that has a bucket of its own.
+_SHORTEST_SECONDS = 0.001
+
+
+class WatchPolicy(FrozenModel):
+    """How much worse the answers of a new version may be before it is rolled back."""
+
+    window_seconds: float = Field(default=3600.0, ge=0, description="How long the versions are compared, in seconds.")
+    min_requests: int = Field(
+        default=50, ge=1, description="Number of requests from which versions are compared; with fewer, none is moved."
+    )
+    max_error_rate_increase: float = Field(
+        default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."
+    )
+    max_empty_rate_increase: float = Field(
+        default=0.02, ge=0, le=1, description="By how much the fraction of empty answers may rise."
+    )
+    max_cut_rate_increase: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="By how much the fraction of answers that reach their length limit may rise.",
+    )
+    max_rating_decrease: float = Field(
+        default=0.1, ge=0, le=1, description="By how much the fraction of good ratings may fall."
+    )
+    max_latency_ratio: float = Field(
+        default=1.5, ge=1, description="Largest ratio of the time per answer to that of the version before."
+    )
+
+
+class RolloutKind(StrEnum):
+    """What a rollout does with the traffic."""
+
+    CANARY = "canary"  # the challenger answers a share
+    SHADOW = "shadow"  # the challenger answers copies of a share, which are not sent
+    WATCH = "watch"  # a new champion answers everything
+
+
+class RolloutOutcome(StrEnum):
+    """How a rollout ended."""
+
+    PROMOTED = "promoted"  # the challenger became the champion
+    ROLLED_BACK = "rolled back"  # the new version was worse
+    KEPT = "kept"  # the new champion passed its watch
+    ENDED = "ended"  # by hand, or an alias moved
+
+
+class RolloutRecord(FrozenModel):
+    """A canary, a shadow or a watch of an adapter; at most one is open."""
+
+    id: int = Field(description="Number of the rollout.")
+    adapter: str = Field(description="Name of the adapter.")
+    kind: RolloutKind = Field(
+        description="canary: the version answers a share of the requests. shadow: it answers copies of them, which are "
+        "compared and not sent. watch: it is a new champion."
+    )
+    version: str = Field(description="Version that is tried.")
+    baseline: str | None = Field(description="Version that it is compared with. Null: none.")
+    share: float = Field(description="Share of the requests that the version answers, 0 to 1.")
+    run: str | None = Field(description="Nightly run that started it. Null: it was started by hand.")
+    policy: WatchPolicy = Field(description="When the version is rolled back.")
+    started_at: float = Field(description="When it started, in seconds since the epoch.")
+    ends_at: float | None = Field(description="When it is decided, in seconds since the epoch. Null: by hand.")
+    ended_at: float | None = Field(default=None, description="When it ended. Null: it is open.")
+    outcome: RolloutOutcome | None = Field(default=None, description="How it ended. Null: it is open.")
+    reason: str = Field(default="", description="Why it ended.")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended."""
+        return self.ended_at is None
+
+
+class TrafficCounts(FrozenModel):
+    """What the answers of one version were like; the sums of several gateways and times can be added.
+
+    A histogram maps a bucket, see `latency_bucket`, to its number of answers.
+    """
+
+    requests: int = Field(default=0, description="Number of requests.")
+    errors: int = Field(default=0, description="Number of requests that failed.")
+    empty: int = Field(default=0, description="Number of requests with an empty answer.")
+    cut: int = Field(default=0, description="Number of requests with an answer that reached its length limit.")
+    good: int = Field(default=0, description="Number of good ratings.")
+    bad: int = Field(default=0, description="Number of bad ratings.")
+    first_token_seconds: float = Field(default=0.0, description="Sum of the times to the first token.")
+    total_seconds: float = Field(default=0.0, description="Sum of the times to the end of the answer.")
+    first_token_histogram: dict[int, int] = Field(default={}, description="Requests by time to the first token.")
+    total_histogram: dict[int, int] = Field(default={}, description="Requests by time to the end of the answer.")
+
+    @property
+    def answers(self) -> int:
+        """Number of requests that did not fail."""
+        return self.requests - self.errors
+
+    def __add__(self, other: TrafficCounts) -> TrafficCounts:
+        sums = {name: _added(getattr(self, name), getattr(other, name)) for name in TrafficCounts.model_fields}
+        return TrafficCounts.model_validate(sums)
+
+
+class RolloutState(RolloutRecord):
+    """A rollout with what it has measured."""
+
+    tried: TrafficCounts = Field(description="Answers of the version that is tried.")
+    compared: TrafficCounts = Field(description="Answers of the version that it is compared with.")
+
+
+def latency_bucket(seconds: float) -> int:
+    """Returns the bucket of a latency: 0 up to 1 ms, and four buckets per factor of two above it."""
+    return max(0, math.ceil(LATENCY_BUCKETS_PER_DOUBLING * math.log2(max(seconds, _SHORTEST_SECONDS) * 1000)))
+
+
+def bucket_seconds(bucket: int) -> float:
+    """Returns the longest latency of a bucket."""
+    return float(_SHORTEST_SECONDS * 2 ** (bucket / LATENCY_BUCKETS_PER_DOUBLING))
+
+
+def _added(one: float | Mapping[int, int], other: float | Mapping[int, int]) -> float | dict[int, int]:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return {bucket: one.get(bucket, 0) + other.get(bucket, 0) for bucket in sorted({*one, *other})}
+    assert not isinstance(one, Mapping) and not isinstance(other, Mapping)
+    return one + other

@@ -1,0 +1,67 @@
+"""A challenger that passed the gate takes over: at once and watched, or after a canary or a shadow."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from loramill.names import AdapterName
+from loramill.pipelines.nightly.definition.promotion import CanaryDefinition, WatchDefinition
+from loramill.registry import adapters
+from loramill.registry.rollouts import moves
+from loramill.types import RolloutKind, WatchPolicy
+
+#: Share of the requests that a shadow copies if `canary.share` is 0.
+SHADOW_SHARE = 0.1
+
+
+def introduce(
+    session: Session,
+    name: AdapterName,
+    version: str,
+    *,
+    canary: CanaryDefinition,
+    watch: WatchDefinition,
+    run: str,
+    reason: str,
+) -> RolloutKind | None:
+    """Promotes a version, or starts its canary or shadow, at whose end `advance` promotes it or drops it.
+
+    The first version of an adapter is its champion already, and has nothing to be compared with.
+
+    Returns:
+        What was started; None: the version was promoted, and is watched if `watch.window` is not 0.
+
+    Raises:
+        NotFound: there is no such adapter, or it has no such version.
+        Conflict: the adapter is pinned to another version.
+    """
+    policy = watch_policy(watch)
+    if adapters.get(session, name).champion in (None, version) or not (canary.share or canary.shadow):
+        moves.promote_watched(session, name, version, reason, policy=policy, run=run)
+        return None
+    share = canary.share or SHADOW_SHARE
+    started = moves.start_canary(
+        session,
+        name,
+        share=share,
+        shadow=canary.shadow,
+        version=version,
+        policy=policy,
+        decided=True,
+        run=run,
+        reason=reason,
+    )
+    return started.kind
+
+
+def watch_policy(watch: WatchDefinition) -> WatchPolicy:
+    """The section `watch` of nightly.yaml as the registry stores it."""
+    return WatchPolicy(
+        window_seconds=watch.window.total_seconds(),
+        min_requests=watch.min_requests,
+        max_error_rate_increase=watch.max_error_rate_increase,
+        max_empty_rate_increase=watch.max_empty_rate_increase,
+        max_cut_rate_increase=watch.max_cut_rate_increase,
+        max_rating_decrease=watch.max_rating_decrease,
+        max_latency_ratio=watch.max_latency_ratio,
+    )
