@@ -1,175 +1,142 @@
-"""The evaluation stage: base, previous, champion and challenger of every adapter on its held-out slices."""
+"""The evaluation stage: base, previous, champion and challenger of every adapter on the same held-out examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from loramill.data.examples import Example, read_examples
 from loramill.data.tokenizer import ChatTokenizer
-from loramill.errors import LoramillError, NotFound
-from loramill.names import AdapterName
+from loramill.errors import LoramillError
 from loramill.pipelines.nightly.context import TRANSIENT_ERRORS, NightlyContext, NightlyProgress
-from loramill.pipelines.nightly.evaluation.results import example_digest, example_results
-from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
-from loramill.pipelines.nightly.scoring import Score, mean_score
-from loramill.registry import adapters, datasets, evaluations
+from loramill.pipelines.nightly.evaluation.plan import EvalPlan, plan_evaluation
+from loramill.pipelines.nightly.evaluation.results import mean_scores
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_loss_questions, build_questions
+from loramill.pipelines.nightly.scoring import score_example
+from loramill.registry import evaluations
 from loramill.types import Candidate, ExampleResult
 
-
-@dataclass(frozen=True, slots=True)
-class EvalCell:
-    """One slice of held-out examples, for one candidate.
-
-    Attributes:
-        model: the candidate's name in the API.
-        version: the candidate's version; None for the base.
-    """
-
-    slice: str
-    dataset: str
-    role: Candidate
-    model: str
-    version: str | None
-    examples: tuple[Example, ...]
-
-
-#: Questions and answers by adapter, slice and role.
-Key = tuple[str, str, str]
-Answers = Mapping[Key, Sequence[EvalAnswer | LoramillError]]
+#: Answers by candidate, and whether they are losses instead, in the order of the examples.
+Answers = Mapping[tuple[Candidate, bool], Sequence[EvalAnswer | LoramillError]]
 
 
 def evaluate_all(context: NightlyContext) -> None:
-    """Scores the candidates of every adapter on its held-out slices, all questions mixed.
+    """Scores the candidates of every adapter on its held-out examples, the questions of all adapters mixed.
 
     Raises:
         NotRunning, Unavailable: the gateway is unreachable.
     """
-    cells: dict[str, list[EvalCell]] = {}
+    plans: dict[str, EvalPlan] = {}
 
     def prepare(adapter: str) -> None:
-        cells[adapter] = list_cells(context, adapter)
+        plans[adapter] = plan_evaluation(context, adapter)
 
     for adapter in context.remaining("evaluate"):
         context.attempt(adapter, "evaluate", partial(prepare, adapter))
-    if not cells:
+    if not plans:
         return
-    tokenizer = ChatTokenizer.load(context.base.folder)
-    answers = _answer(
-        context,
-        {
-            (adapter, cell.slice, cell.role): build_questions(cell.model, cell.examples, tokenizer)
-            for adapter, each in cells.items()
-            for cell in each
-        },
-    )
-    for adapter, each in cells.items():
-        context.attempt(adapter, "evaluate", partial(_record, context, adapter, each, answers))
+    for adapter, answers in _ask(context, plans).items():
+        context.attempt(adapter, "evaluate", partial(_record, context, plans[adapter], answers))
 
 
-def _answer(context: NightlyContext, questions: Mapping[Key, Sequence[EvalQuestion]]) -> Answers:
+def _ask(context: NightlyContext, plans: Mapping[str, EvalPlan]) -> dict[str, Answers]:
     """Sends the questions of all adapters together, so that they share the engine's batches."""
-    flat = [(key, question) for key, each in questions.items() for question in each]
+    tokenizer = ChatTokenizer.load(context.base.folder)
+    questions: dict[str, dict[tuple[Candidate, bool], list[EvalQuestion]]] = {}
+
+    def build(adapter: str) -> None:
+        questions[adapter] = dict(_questions(plans[adapter], tokenizer))
+
+    for adapter in plans:
+        context.attempt(adapter, "evaluate", partial(build, adapter))
+    flat = [each for by_kind in questions.values() for kind in by_kind.values() for each in kind]
 
     def report(done: int) -> None:
         context.progress(NightlyProgress("evaluate", None, done, len(flat), "answers"))
 
     report(0)
-    answers: dict[Key, list[EvalAnswer | LoramillError]] = {key: [] for key in questions}
-    if flat:
-        found = context.gateway.answer_all([question for _, question in flat], report)
-        for (key, _), answer in zip(flat, found, strict=True):
-            answers[key].append(answer)
-    return answers
+    found = iter(context.gateway.answer_all(flat, report) if flat else ())
+    return {
+        adapter: {kind: [next(found) for _ in each] for kind, each in by_kind.items()}
+        for adapter, by_kind in questions.items()
+    }
 
 
-def list_cells(context: NightlyContext, adapter: str) -> list[EvalCell]:
-    """Every slice of an adapter's held-out examples for each of its candidates.
-
-    Raises:
-        NotFound: the adapter, a version or a slice was deleted.
-    """
-    plan, trained = context.done("collect")[adapter], context.done("train")[adapter]
-    versions = _versions(context, plan, trained["version"])
-    name = AdapterName.parse(adapter)
-    return [
-        EvalCell(slice_, dataset, role, name.at(version) if version else context.base.name, version, examples)
-        for slice_, dataset in plan["slices"].items()
-        for examples in [load_examples(context, dataset)]
-        for role, version in versions.items()
-    ]
+def _questions(plan: EvalPlan, tokenizer: ChatTokenizer) -> Iterator[tuple[tuple[Candidate, bool], list[EvalQuestion]]]:
+    examples = [each.example for each in plan.examples]
+    for candidate in plan.candidates:
+        if set(plan.metrics) != {"loss"}:
+            yield (candidate.role, False), build_questions(candidate.model, examples, tokenizer)
+        if "loss" in plan.metrics:
+            yield (candidate.role, True), build_loss_questions(candidate.model, examples, tokenizer)
 
 
-def _versions(context: NightlyContext, plan: Mapping[str, Any], challenger: str) -> dict[Candidate, str | None]:
-    """The candidates' versions; there is no champion before the first promotion, and none before the first champion."""
-    versions: dict[Candidate, str | None] = {"base": None}
-    if previous := plan.get("previous"):
-        with context.registry.reading() as session, suppress(NotFound):  # deleted since
-            versions["previous"] = adapters.get_version(session, previous).id
-    if plan["champion"]:
-        versions["champion"] = plan["champion"]
-    return {**versions, "challenger": challenger}
-
-
-def _record(context: NightlyContext, adapter: str, cells: Sequence[EvalCell], answers: Answers) -> None:
+def _record(context: NightlyContext, plan: EvalPlan, answers: Answers) -> None:
     """Records an adapter's scores.
 
     Where answers are missing for the first time and for a transient reason, the step stays pending with that reason,
     and the next run asks again; else the reason is raised.
     """
-    by_cell = [(cell, answers[adapter, cell.slice, cell.role]) for cell in cells]
-    errors = [answer for _, each in by_cell for answer in each if isinstance(answer, LoramillError)]
+    every = [each for by_kind in answers.values() for each in by_kind]
+    errors = [each for each in every if isinstance(each, LoramillError)]
     if errors:
-        retried = "error" in context.in_progress("evaluate").get(adapter, {})
+        retried = "error" in context.in_progress("evaluate").get(plan.adapter, {})
         if retried or not isinstance(errors[0], TRANSIENT_ERRORS):
             raise errors[0]
         with context.registry.writing() as session:
-            context.report(context.record_pending(session, adapter, "evaluate", {"error": errors[0].message}))
+            context.report(context.record_pending(session, plan.adapter, "evaluate", {"error": errors[0].message}))
         return
-    results = _results(by_cell)
+    results = _results(plan, answers)
     # Stored before the transaction that refers to it: a run that is killed in between stores the same artifact again.
-    artifact = evaluations.store_results(context.registry.artifacts, list(results.values()))
-    slices: dict[str, dict[str, dict[str, Any]]] = {}
+    artifact = evaluations.store_results(context.registry.artifacts, results)
+    slices = mean_scores(results)
+    versions = {each.role: each.version for each in plan.candidates}
+    tokens = sum(each.tokens for each in every if isinstance(each, EvalAnswer))
     with context.registry.writing() as session:
-        for cell, _ in by_cell:
-            mean = _mean(cell, results)
-            slices.setdefault(cell.slice, {})[cell.role] = asdict(mean)
-            evaluations.add(
-                session,
-                adapter,
-                version=cell.version,
-                dataset=cell.dataset,
-                slice=cell.slice,
-                examples=mean.examples,
-                metrics={"exact_match": mean.exact_match, "token_f1": mean.token_f1},
-                results=artifact,
+        for name, by_candidate in slices.items():
+            for role, means in by_candidate.items():
+                evaluations.add(
+                    session,
+                    plan.adapter,
+                    version=versions[role],
+                    dataset=plan.datasets[name],
+                    slice=name,
+                    examples=int(means["examples"]),
+                    metrics={metric: mean for metric, mean in means.items() if metric != "examples"},
+                    results=artifact,
+                )
+        metric = context.definition.for_adapter(plan.adapter).gate.metric
+        cost = {"answers": len(every), "tokens_answered": tokens}
+        context.finish(
+            session, plan.adapter, "evaluate", {"slices": slices, "results": artifact, "metric": metric} | cost
+        )
+
+
+def _results(plan: EvalPlan, answers: Answers) -> list[ExampleResult]:
+    """The results of all candidates, each example once."""
+    found = []
+    for candidate in plan.candidates:
+        texts, losses = (list(answers.get((candidate.role, loss), ())) for loss in (False, True))
+        for index, held in enumerate(plan.examples):
+            answer = _answer(texts, index)
+            scores = score_example(answer.text, held.example.completion, plan.metrics)
+            if (loss := _answer(losses, index).loss) is not None:
+                scores["loss"] = loss
+            found.append(
+                ExampleResult(
+                    example=held.digest,
+                    candidate=candidate.role,
+                    version=candidate.version,
+                    scores=scores,
+                    answer=answer.text,
+                    truncated=answer.truncated,
+                    slices=held.slices,
+                )
             )
-        context.finish(session, adapter, "evaluate", {"slices": slices, "results": artifact})
-
-
-def _results(
-    by_cell: Sequence[tuple[EvalCell, Sequence[EvalAnswer | LoramillError]]],
-) -> dict[tuple[Candidate, str], ExampleResult]:
-    """The results by candidate and example."""
-    found: dict[tuple[Candidate, str], ExampleResult] = {}
-    for role in dict.fromkeys(cell.role for cell, _ in by_cell):
-        own = [(cell, each) for cell, each in by_cell if cell.role == role]
-        examples = {cell.slice: cell.examples for cell, _ in own}
-        answers = {cell.slice: [answer for answer in each if isinstance(answer, EvalAnswer)] for cell, each in own}
-        for result in example_results(role, own[0][0].version, examples, answers):
-            found[role, result.example] = result
     return found
 
 
-def _mean(cell: EvalCell, results: Mapping[tuple[Candidate, str], ExampleResult]) -> Score:
-    return mean_score([results[cell.role, example_digest(each)].scores for each in cell.examples])
-
-
-def load_examples(context: NightlyContext, dataset: str) -> tuple[Example, ...]:
-    """Reads the examples of a dataset."""
-    with context.registry.reading() as session:
-        found = datasets.get(session, dataset)
-    return read_examples(context.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename).examples
+def _answer(answers: Sequence[EvalAnswer | LoramillError], index: int) -> EvalAnswer:
+    """The answer to a question; an empty one if it was not asked."""
+    found = answers[index] if answers else EvalAnswer("")
+    assert isinstance(found, EvalAnswer)
+    return found

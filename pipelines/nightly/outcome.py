@@ -10,6 +10,7 @@ from typing import Any
 
 from loramill.errors import first_lines
 from loramill.pipelines.nightly.collection.counts import CollectedCounts
+from loramill.pipelines.nightly.evaluation.results import GOLDEN_SLICE
 from loramill.pipelines.nightly.gate.candidates import GateVerdict
 from loramill.types import FrozenModel, NightlyStep, StepStatus
 
@@ -39,13 +40,18 @@ _GATE_VERDICTS = {
 UNSUCCESSFUL = (Verdict.FAILED, Verdict.INTERRUPTED)
 
 
+#: The metric of results that name none.
+DEFAULT_METRIC = "token_f1"
+
+
 class Outcome(FrozenModel):
     """The outcome of a nightly run for one adapter.
 
     Attributes:
         stage: the last stage that the adapter reached.
         reason: one or two sentences; empty while it runs.
-        base, champion, challenger: token F1 over all held-out slices; None if not evaluated.
+        metric: the score that the gate decides by.
+        base, champion, challenger: mean score over all held-out examples; None if not evaluated.
         counts: what became of its rows, by fate; all 0 if its data could not be collected.
         quarantine: ID of the file of quarantined rows.
         quarantined: why the first of them are quarantined.
@@ -55,6 +61,7 @@ class Outcome(FrozenModel):
     verdict: Verdict
     stage: str
     reason: str
+    metric: str = DEFAULT_METRIC
     base: float | None = None
     champion: float | None = None
     challenger: float | None = None
@@ -109,7 +116,8 @@ def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
     done = {step.step: step.result for step in steps if step.status is StepStatus.DONE}
     evaluated = done.get("evaluate", {})
     slices = evaluated.get("slices", evaluated)  # older runs recorded the slices alone
-    scores = {role: _overall(slices, role) for role in ("base", "champion", "challenger")}
+    metric = metric_of(done)
+    scores = {role: _overall(slices, role, metric) for role in ("base", "champion", "challenger")}
     verdict, stage, reason = _verdict(adapter, steps, done)
     collected = next((step.result for step in steps if step.step == "collect"), {})
     quarantine = collected.get("quarantine", {})
@@ -118,11 +126,18 @@ def _outcome(adapter: str, steps: list[NightlyStep]) -> Outcome:
         verdict=verdict,
         stage=stage,
         reason=reason,
+        metric=metric,
         counts=CollectedCounts.model_validate(collected.get("counts", {})),
         quarantine=quarantine.get("file"),
         quarantined=quarantine.get("reasons", ()),
         **scores,
     )
+
+
+def metric_of(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The metric that the gate compares, from the results of an adapter's steps by stage."""
+    recorded = (results.get(stage, {}).get("metric") for stage in ("gate", "evaluate"))
+    return str(next(filter(None, recorded), DEFAULT_METRIC))
 
 
 def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[str, Any]]) -> tuple[Verdict, str, str]:
@@ -168,8 +183,9 @@ def _next_step_hint(adapter: str, result: Mapping[str, Any]) -> str:
             return ""
 
 
-def _overall(slices: Mapping[str, Mapping[str, Mapping[str, Any]]], role: str) -> float | None:
-    """Token F1 of a candidate over all slices."""
-    parts = [roles[role] for roles in slices.values() if role in roles]
+def _overall(slices: Mapping[str, Mapping[str, Mapping[str, Any]]], role: str, metric: str) -> float | None:
+    """A candidate's mean score over the slices; a slice of a part, such as `new:topic=tax`, has no other examples."""
+    whole = [roles for name, roles in slices.items() if ":" not in name and name != GOLDEN_SLICE]
+    parts = [roles[role] for roles in whole if metric in roles.get(role, {})]
     total = sum(part["examples"] for part in parts)
-    return sum(part["token_f1"] * part["examples"] for part in parts) / total if total else None
+    return sum(part[metric] * part["examples"] for part in parts) / total if total else None

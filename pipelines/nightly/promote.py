@@ -25,7 +25,7 @@ def _gate(context: NightlyContext, adapter: str) -> None:
     artifact = context.done("evaluate")[adapter]["results"]
     policy = context.definition.for_adapter(adapter).gate
     slices, golden = pair(evaluations.read_results(context.registry.artifacts, artifact), policy.metric)
-    decision = decide(slices, golden, policy)
+    decision = decide(slices, golden, policy).model_copy(update={"metric": policy.metric})
     with context.registry.writing() as session:
         context.finish(session, adapter, "gate", decision.model_dump(mode="json"))
 

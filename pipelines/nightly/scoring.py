@@ -7,9 +7,10 @@ whole sentence would be one word. In mixed text, each run of such a script is sp
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import regex
@@ -55,28 +56,35 @@ class Score:
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Score:
     """Scores answers against their references; surrounding white space is ignored."""
-    return mean_score([score_example(*pair) for pair in zip(answers, references, strict=True)])
+    found = [score_example(*pair, _OF_SCORE) for pair in zip(answers, references, strict=True)]
+    means = {metric: sum(each[metric] for each in found) / max(1, len(found)) for metric in _OF_SCORE}
+    return Score(len(found), **means)
 
 
-def score_example(answer: str, reference: str) -> dict[str, float]:
-    """The scores of one answer, by metric; surrounding white space is ignored."""
-    answer, reference = normalized(answer), normalized(reference)
-    return {
-        "exact_match": float(answer == reference),
-        "token_f1": token_f1(answer, reference),
-        "rouge_l": rouge_l(answer, reference),
-    }
+def score_example(answer: str, reference: str, metrics: Collection[str]) -> dict[str, float]:
+    """The scores of one answer by those metrics that answer and reference determine; other metrics are left out.
+
+    Surrounding white space is ignored.
+    """
+    return {metric: scored(answer, reference) for metric, scored in TEXT_METRICS.items() if metric in metrics}
 
 
-def mean_score(scores: Sequence[Mapping[str, float]]) -> Score:
-    """The means of the scores of several answers, from `score_example`."""
-    if not scores:
-        return Score(0, 0.0, 0.0, 0.0)
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the answer equals the reference."""
+    return float(normalized(answer) == normalized(reference))
 
-    def mean(metric: str) -> float:
-        return sum(each[metric] for each in scores) / len(scores)
 
-    return Score(len(scores), mean("exact_match"), mean("token_f1"), mean("rouge_l"))
+def json_valid(answer: str, reference: str = "") -> float:
+    """1 if the whole answer is JSON (RFC 8259, without NaN and infinities), whatever the reference."""
+    try:
+        json.loads(answer, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def normalized(text: str) -> str:
@@ -135,3 +143,13 @@ def overall(scores: Sequence[Score]) -> Score:
         return sum(weighted) / total
 
     return Score(total, mean("exact_match"), mean("token_f1"), mean("rouge_l"))
+
+
+#: Metrics of an answer and its reference, each 0 to 1.
+TEXT_METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "json_valid": json_valid,
+}
+_OF_SCORE = ("exact_match", "token_f1", "rouge_l")

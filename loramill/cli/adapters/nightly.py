@@ -256,7 +256,7 @@ def _print_run(
         print_line(dumps(nightly_run.model_dump(mode="json") | dumped, indent=2))
         return found
     if found:
-        columns = ("ADAPTER", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
+        columns = ("ADAPTER", "METRIC", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
     scan = nightly_run.sources
     for problem in scan.problems if scan is not None else ():
@@ -287,7 +287,8 @@ def collection_notes(outcome: Any) -> str:
 
 
 def outcome_row(outcome: Any) -> tuple[Cell, ...]:
-    """Returns the table row of an adapter; scores are token F1 over all its slices."""
+    """Returns the table row of an adapter; scores are means of the gate's metric over all its held-out examples."""
     scores = (outcome.base, outcome.champion, outcome.challenger)
+    metric = "-" if all(score is None for score in scores) else outcome.metric.replace("_", " ")
     shown = ("-" if score is None else f"{score:.3f}" for score in scores)
-    return (outcome.adapter, *shown, styled_status(outcome.verdict), outcome.reason)
+    return (outcome.adapter, metric, *shown, styled_status(outcome.verdict), outcome.reason)

@@ -12,7 +12,7 @@ UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
     "split": ("by",),
     "train": ("start", "options"),
     "replay": ("on_policy", "min_score"),
-    "evaluate": None,
+    "evaluate": ("scorer", "judge", "slices_by", "golden"),
     "gate": ("approval", "min_golden"),
     "canary": None,
     "watch": None,

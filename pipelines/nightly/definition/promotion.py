@@ -15,7 +15,7 @@ from loramill.pipelines.nightly.definition.fields import (
 )
 from loramill.types import FrozenModel
 
-#: Scores of an answer, each 0 to 1; `loss` is the mean loss per supervised token.
+#: Scores of an answer, each 0 to 1; `loss` is the mean loss per token of the reference, in nats.
 Metric = Literal["loss", "exact_match", "token_f1", "rouge_l", "json_valid", "scorer", "judge"]
 #: What is computed unless `metrics` is set.
 DEFAULT_METRICS: tuple[Metric, ...] = ("exact_match", "token_f1", "rouge_l")
@@ -75,7 +75,9 @@ class EvaluateDefinition(FrozenModel):
 class GateDefinition(FrozenModel):
     """When a challenger replaces the champion."""
 
-    metric: Metric = Field(default="token_f1", description="Score that decides.")
+    metric: Metric = Field(
+        default="token_f1", description="Score that decides; one of `evaluate.metrics`. Of `loss`, less is better."
+    )
     confidence: float = Field(
         default=0.95, ge=0.5, lt=1, description="Confidence that a gain must have, over all new examples together."
     )

@@ -1,4 +1,4 @@
-"""The results of a nightly run per example: how they are built from answers, and how the gate compares them.
+"""The results of a nightly run per example: their means, and how the gate compares them.
 
 Slices whose name begins with `before` are old; `golden` has the examples that must be answered right; the rest are new.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from loramill.data.examples import Example
 from loramill.errors import DatasetInvalid
 from loramill.pipelines.nightly.gate.candidates import GoldenScore, PairedScores, PairedSlice, SliceKind
-from loramill.pipelines.nightly.questions import EvalAnswer
-from loramill.pipelines.nightly.scoring import score_example
 from loramill.types import Candidate, ExampleResult
 
 OLD_SLICE, NEW_SLICE, GOLDEN_SLICE = "before", "new", "golden"
@@ -29,37 +28,42 @@ def example_digest(example: Example) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def example_results(
-    candidate: Candidate,
-    version: str | None,
-    examples: Mapping[str, Sequence[Example]],
-    answers: Mapping[str, Sequence[EvalAnswer]],
-) -> list[ExampleResult]:
-    """The results of one candidate, each example once.
+@dataclass(frozen=True, slots=True)
+class HeldOutExample:
+    """An example with its digest and the slices that contain it."""
 
-    Args:
-        examples, answers: by slice.
-    """
-    slices: dict[str, list[str]] = {}
-    found: dict[str, tuple[Example, EvalAnswer]] = {}
-    for name, each in examples.items():
-        for example, answer in zip(each, answers[name], strict=True):
-            digest = example_digest(example)
-            found.setdefault(digest, (example, answer))
-            if name not in slices.setdefault(digest, []):
-                slices[digest].append(name)
-    return [
-        ExampleResult(
-            example=digest,
-            candidate=candidate,
-            version=version,
-            scores=score_example(answer.text, example.completion),
-            answer=answer.text,
-            truncated=answer.truncated,
-            slices=tuple(slices[digest]),
-        )
-        for digest, (example, answer) in found.items()
-    ]
+    digest: str
+    example: Example
+    slices: tuple[str, ...]
+
+
+def held_out_examples(slices: Mapping[str, Sequence[Example]]) -> list[HeldOutExample]:
+    """The examples of all slices, each once."""
+    found: dict[str, tuple[Example, list[str]]] = {}
+    for name, examples in slices.items():
+        for example in examples:
+            _, names = found.setdefault(example_digest(example), (example, []))
+            if name not in names:
+                names.append(name)
+    return [HeldOutExample(digest, example, tuple(names)) for digest, (example, names) in found.items()]
+
+
+def mean_scores(results: Sequence[ExampleResult]) -> dict[str, dict[Candidate, dict[str, float]]]:
+    """The mean of each score by slice and candidate, with the number of examples as `examples`."""
+    found: dict[str, dict[Candidate, list[ExampleResult]]] = {}
+    for each in results:
+        for name in each.slices:
+            found.setdefault(name, {}).setdefault(each.candidate, []).append(each)
+    return {
+        name: {candidate: _means(each) for candidate, each in by_candidate.items()}
+        for name, by_candidate in found.items()
+    }
+
+
+def _means(results: Sequence[ExampleResult]) -> dict[str, float]:
+    metrics = results[0].scores
+    means = {metric: sum(each.scores[metric] for each in results) / len(results) for metric in metrics}
+    return {"examples": len(results)} | means
 
 
 def pair(results: Sequence[ExampleResult], metric: str) -> tuple[list[PairedSlice], list[GoldenScore]]:

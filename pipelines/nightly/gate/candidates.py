@@ -79,10 +79,11 @@ class SliceEvidence(FrozenModel):
 
 
 class GateDecision(FrozenModel):
-    """The decision on a challenger, its reason in one or two sentences, and the numbers behind it."""
+    """The decision on a challenger by a metric, its reason in one or two sentences, and the numbers behind it."""
 
     verdict: GateVerdict
     reason: str
+    metric: str | None = None
     evidence: tuple[SliceEvidence, ...] = ()
 
     @property

@@ -11,18 +11,11 @@ from loramill.pipelines.nightly.report.schema import ReportedGain, ReportedScore
 from loramill.types import NightlyStep, StepStatus
 
 CANDIDATES = ("base", "previous", "champion", "challenger")
-#: The metric of results that name none.
-DEFAULT_METRIC = "token_f1"
 
 
 def results_by_stage(steps: Sequence[NightlyStep], *, done: bool = True) -> dict[str, Mapping[str, Any]]:
     """The results of an adapter's steps by stage, of those that are done or of all."""
     return {step.step: step.result for step in steps if not done or step.status is StepStatus.DONE}
-
-
-def metric_of(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The metric that the gate compared, from an adapter's results by stage."""
-    return str(results.get("gate", {}).get("metric") or results.get("evaluate", {}).get("metric") or DEFAULT_METRIC)
 
 
 def reported_scores(evaluated: Mapping[str, Any], metric: str) -> tuple[ReportedScores, ...]:

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import ArtifactError, NotFound
 from loramill.pipelines.nightly.evaluation.results import GOLDEN_SLICE, slice_kind
+from loramill.pipelines.nightly.outcome import metric_of
 from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
-from loramill.pipelines.nightly.report.recorded import metric_of, results_by_stage
+from loramill.pipelines.nightly.report.recorded import results_by_stage
 from loramill.pipelines.nightly.report.summarize import RunRecords
 from loramill.registry import ArtifactStore, Registry, evaluations, jobs, nightly
 from loramill.registry.jobs import history

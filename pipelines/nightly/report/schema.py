@@ -18,7 +18,7 @@ REPORT_VERSION: Literal[1] = 1
 
 
 class ReportedScores(FrozenModel):
-    """Mean scores of the candidates on one slice of held-out examples, each 0 to 1."""
+    """Mean scores of the candidates on one slice of held-out examples, 0 to 1; of the metric `loss`, in nats."""
 
     slice: str = Field(description="Name of the slice: new, before, golden, or a part of one, such as new:topic=tax.")
     examples: int = Field(description="Number of examples.")

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from loramill.errors import first_lines
 from loramill.names import SHORT_HASH_LENGTH
-from loramill.pipelines.nightly.outcome import Outcome, Verdict, outcomes, succeeded, summary
+from loramill.pipelines.nightly.outcome import Outcome, Verdict, metric_of, outcomes, succeeded, summary
 from loramill.pipelines.nightly.report.cost import JobInterval, shared_seconds
 from loramill.pipelines.nightly.report.forgetting import RunScores, slice_histories
 from loramill.pipelines.nightly.report.recorded import (
     main_gain,
-    metric_of,
     number,
     overall_score,
     reported_gains,

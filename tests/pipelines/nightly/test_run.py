@@ -101,8 +101,11 @@ class Cluster:
         adapter = question.model.partition("@")[0]
         if adapter in self.refuse:
             return self.refuse[adapter]
-        right = f"answer {question.messages[-1]['content']}"
-        return EvalAnswer(right if self.right(question.model) else "I do not know")
+        right = self.right(question.model)
+        if question.reference is not None:
+            return EvalAnswer("", loss=0.2 if right else 3.0, tokens=len(question.reference.tokens))
+        text = f"answer {question.messages[-1]['content']}" if right else "I do not know"
+        return EvalAnswer(text, tokens=7)
 
     def feed(self, adapter: str, rows: Sequence[dict], valid: Sequence[dict] = ()) -> list[str]:
         name = AdapterName.parse(adapter)
@@ -255,6 +258,32 @@ def test_the_gate_decides_by_the_definition_of_each_adapter(cluster: Cluster) ->
         ("acme/a", Verdict.HELD),
         ("acme/b", Verdict.PROMOTED),
     ]
+
+
+def test_the_chosen_metrics_are_computed_and_the_gates_decides(cluster: Cluster) -> None:
+    """The answers gain nothing in JSON validity, and everything in the loss."""
+    for adapter in ("acme/json", "acme/loss"):
+        cluster.feed(adapter, rows(60), rows(6, "other"))
+    cluster.settings.nightly_file.write_text(
+        "evaluate: {metrics: [loss, json_valid]}\ngate: {metric: json_valid}\n"
+        "overrides: [{adapters: acme/loss, evaluate: {metrics: [loss]}, gate: {metric: loss, max_loss: 0.1}}]\n"
+    )
+    by_json, by_loss = cluster.run()
+    assert (by_json.metric, by_json.verdict, by_json.challenger) == ("json_valid", Verdict.HELD, 0.0)
+    assert (by_loss.metric, by_loss.verdict) == ("loss", Verdict.PROMOTED)
+    assert (by_loss.base, by_loss.challenger) == pytest.approx((3.0, 0.2))
+    assert "it gains 2.800 over the base" in by_loss.reason
+    with cluster.registry.reading() as session:
+        found = {name: evaluations.list_evaluations(session, name)[0].metrics for name in ("acme/json", "acme/loss")}
+        steps = nightly.list_steps(session, nightly.list_runs(session)[0].id)
+    assert {name: sorted(each) for name, each in found.items()} == {
+        "acme/json": ["json_valid", "loss"],
+        "acme/loss": ["loss"],
+    }
+    evaluated = {step.adapter: step.result for step in steps if step.step == "evaluate"}
+    # Base and challenger on six examples; of acme/json, an answer and a loss each.
+    assert [evaluated[name]["answers"] for name in found] == [24, 12]
+    assert evaluated["acme/json"]["tokens_answered"] > 12 * 7
 
 
 def test_what_the_budget_allows_is_promoted_and_the_rest_waits(cluster: Cluster) -> None:

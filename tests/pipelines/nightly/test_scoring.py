@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.nightly.scoring import Score, common_subsequence, overall, rouge_l, score, token_f1
+from loramill.pipelines.nightly.scoring import (
+    Score,
+    common_subsequence,
+    json_valid,
+    overall,
+    rouge_l,
+    score,
+    score_example,
+    token_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -151,3 +160,30 @@ def _f1(answer: list[str], reference: list[str]) -> float:
     if not answer or not reference:
         return float(answer == reference)
     return 2 * sum((Counter(answer) & Counter(reference)).values()) / (len(answer) + len(reference))
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ('{"a": [1, null, true]}', 1.0),
+        (' "text"\n', 1.0),
+        ("7", 1.0),
+        ('{"a": 1', 0.0),
+        ('Here it is: {"a": 1}', 0.0),
+        ('```json\n{"a": 1}\n```', 0.0),
+        ("NaN", 0.0),
+        ('{"a": -Infinity}', 0.0),
+        ("", 0.0),
+        ("[" * 100_000, 0.0),
+    ],
+)
+def test_a_whole_answer_is_json_or_not(answer: str, valid: float) -> None:
+    assert json_valid(answer) == valid
+
+
+def test_only_the_chosen_scores_are_computed() -> None:
+    assert score_example("ＡＢ ", "AB", ["exact_match", "json_valid", "loss"]) == {
+        "exact_match": 1.0,
+        "json_valid": 0.0,
+    }
+    assert list(score_example("a", "b", ["rouge_l"])) == ["rouge_l"]

@@ -6,17 +6,13 @@ import hashlib
 import itertools
 import json
 import re
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from openai import OpenAI
@@ -34,6 +30,7 @@ from loramill.serve.replica.fake import EchoBackend
 from loramill.settings import Settings
 from loramill.types import VersionRecord
 
+from ...gateways import running
 from ...waiting import eventually
 
 TEMPLATE = (
@@ -103,22 +100,6 @@ class Site:
             )
             adapters.add_version(session, record)
         return version
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive(), "the gateway failed to start; its log has the reason"
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def byte_tokenizer() -> ChatTokenizer:

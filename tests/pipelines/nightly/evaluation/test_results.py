@@ -6,9 +6,15 @@ import pytest
 
 from loramill.data.examples import Example, read_examples
 from loramill.errors import DatasetInvalid
-from loramill.pipelines.nightly.evaluation.results import example_digest, example_results, pair, slice_kind
+from loramill.pipelines.nightly.evaluation.results import (
+    example_digest,
+    held_out_examples,
+    mean_scores,
+    pair,
+    slice_kind,
+)
 from loramill.pipelines.nightly.gate.candidates import GoldenScore, PairedScores
-from loramill.pipelines.nightly.questions import EvalAnswer
+from loramill.pipelines.nightly.scoring import score_example
 from loramill.types import ExampleResult
 
 
@@ -21,20 +27,34 @@ FIRST, SECOND, THIRD = example("one"), example("two"), example("three", "no")
 EXAMPLES = {"new": [FIRST, SECOND], "new: en": [SECOND], "before": [THIRD], "golden": [FIRST]}
 
 
-def results(candidate, version, right: str) -> list[ExampleResult]:
+def results(candidate, version, answer: str) -> list[ExampleResult]:
     """One candidate that always gives the same answer."""
-    answers = {name: [EvalAnswer(right, truncated=right == "maybe")] * len(each) for name, each in EXAMPLES.items()}
-    return example_results(candidate, version, EXAMPLES, answers)
+    return [
+        ExampleResult(
+            example=each.digest,
+            candidate=candidate,
+            version=version,
+            scores=score_example(answer, each.example.completion, ("exact_match",)),
+            answer=answer,
+            slices=each.slices,
+        )
+        for each in held_out_examples(EXAMPLES)
+    ]
 
 
-def test_each_example_has_one_result_with_all_its_slices() -> None:
-    found = {each.example: each for each in results("challenger", "a" * 64, "yes")}
-    assert [each.slices for each in found.values()] == [("new", "golden"), ("new", "new: en"), ("before",)]
-    own = found[example_digest(FIRST)]
-    assert (own.candidate, own.version, own.answer, own.truncated) == ("challenger", "a" * 64, "yes", False)
-    assert own.scores == {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0}
-    assert found[example_digest(THIRD)].scores["exact_match"] == 0.0
-    assert all(each.truncated for each in results("base", None, "maybe"))
+def test_each_example_is_held_out_once_with_all_its_slices() -> None:
+    found = held_out_examples(EXAMPLES | {"again": [FIRST, FIRST]})
+    assert [each.slices for each in found] == [("new", "golden", "again"), ("new", "new: en"), ("before",)]
+    assert [each.digest for each in found] == [example_digest(each) for each in (FIRST, SECOND, THIRD)]
+
+
+def test_means_are_by_slice_and_candidate() -> None:
+    means = mean_scores([*results("challenger", "a" * 64, "yes"), *results("base", None, "?")])
+    assert means["new"] == {
+        "challenger": {"examples": 2, "exact_match": 1.0},
+        "base": {"examples": 2, "exact_match": 0.0},
+    }
+    assert means["before"]["challenger"] == {"examples": 1, "exact_match": 0.0}
 
 
 def test_question_and_reference_identify_an_example() -> None:

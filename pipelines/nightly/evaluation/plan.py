@@ -1,0 +1,89 @@
+"""What an adapter is evaluated on: its candidates, and its held-out examples, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from loramill.data.examples import Example, read_examples
+from loramill.errors import NotFound
+from loramill.names import AdapterName
+from loramill.pipelines.nightly.context import NightlyContext
+from loramill.pipelines.nightly.definition import Metric
+from loramill.pipelines.nightly.evaluation.results import HeldOutExample, held_out_examples
+from loramill.registry import adapters, datasets
+from loramill.types import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class EvalCandidate:
+    """A model that is evaluated.
+
+    Attributes:
+        model: its name in the API.
+        version: None for the base.
+    """
+
+    role: Candidate
+    model: str
+    version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlan:
+    """What an adapter is evaluated on.
+
+    Attributes:
+        datasets: the dataset of each slice.
+        examples: each once, in the order in which they are asked.
+        metrics: the scores to compute.
+    """
+
+    adapter: str
+    candidates: tuple[EvalCandidate, ...]
+    datasets: Mapping[str, str]
+    examples: tuple[HeldOutExample, ...]
+    metrics: tuple[Metric, ...]
+
+
+def plan_evaluation(context: NightlyContext, adapter: str) -> EvalPlan:
+    """Reads an adapter's held-out slices, and finds its candidates.
+
+    Raises:
+        NotFound: the adapter, a version or a slice was deleted.
+    """
+    collected, trained = context.done("collect")[adapter], context.done("train")[adapter]
+    slices = {name: load_examples(context, dataset) for name, dataset in collected["slices"].items()}
+    return EvalPlan(
+        adapter=adapter,
+        candidates=_candidates(context, adapter, collected, trained["version"]),
+        datasets=collected["slices"],
+        examples=tuple(held_out_examples(slices)),
+        metrics=context.definition.for_adapter(adapter).evaluate.computed_metrics,
+    )
+
+
+def _candidates(
+    context: NightlyContext, adapter: str, collected: Mapping[str, Any], challenger: str
+) -> tuple[EvalCandidate, ...]:
+    """There is no champion before the first promotion, and no previous one before the first champion."""
+    name, versions = AdapterName.parse(adapter), dict[Candidate, str]()
+    if previous := collected.get("previous"):
+        with context.registry.reading() as session, suppress(NotFound):  # deleted since
+            versions["previous"] = adapters.get_version(session, previous).id
+    if collected["champion"]:
+        versions["champion"] = collected["champion"]
+    versions["challenger"] = challenger
+    return (
+        EvalCandidate("base", context.base.name, None),
+        *(EvalCandidate(role, name.at(version), version) for role, version in versions.items()),
+    )
+
+
+def load_examples(context: NightlyContext, dataset: str) -> tuple[Example, ...]:
+    """Reads the examples of a dataset."""
+    with context.registry.reading() as session:
+        found = datasets.get(session, dataset)
+    return read_examples(context.registry.artifacts.read(found.artifact, "data.jsonl"), found.filename).examples
