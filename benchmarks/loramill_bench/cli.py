@@ -169,11 +169,53 @@ def sweep(
 
 
 @app.command()
-def nightly(only: Only = "", json: Json = None, check: Check = False, record: Record = False) -> None:
-    """Simulate nightly runs with measured scores, and count what the gate promotes (about two minutes)."""
-    from loramill_bench.nightly.run import run
+def nightly(
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            exists=True,
+            file_okay=False,
+            help="Folder that contains one folder of data per tenant. Without it, forgetting is not measured.",
+        ),
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Measure forgetting on this tenant; may be repeated. Default: six.", show_default=False
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Training examples per tenant and run in which forgetting is measured. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Only = "",
+    json: Json = None,
+    check: Check = False,
+    record: Record = False,
+) -> None:
+    """Measure the nightly run: overhead, evaluation, gate, and forgetting (a quarter of an hour without the last).
 
-    _run_benchmark(lambda: run(only, _report), json, check, record)
+    The gate is measured on simulated runs, whose scores are resampled from measured ones. Forgetting takes an hour of
+    CPU time per tenant with all of its examples.
+    """
+    from loramill_bench.nightly.forgetting import TENANTS
+    from loramill_bench.nightly.run import BASELINES, run
+
+    if tenants is None:
+        _print_note("Forgetting is not measured without --tenants.")
+    _run_benchmark(
+        lambda: run(_built_in_base(), only, _report, tenants=tenants, names=tenant or TENANTS, examples=examples),
+        json,
+        check,
+        record,
+        baselines=BASELINES,
+    )
 
 
 def _built_in_base() -> Base:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
-from loramill_bench.nightly import gate
+from loramill.models.catalog import Base
+from loramill_bench.nightly import evaluation, forgetting, gate, overhead
 from loramill_bench.results import Result, run_groups
 
+#: Packages that the evaluation is compared with.
+BASELINES = ("transformers", "peft")
 
-def run(only: str = "", report: Callable[[str], object] = lambda group: None) -> list[Result]:
+
+def run(
+    base: Base,
+    only: str = "",
+    report: Callable[[str], object] = lambda group: None,
+    *,
+    tenants: Path | None = None,
+    names: Sequence[str] = forgetting.TENANTS,
+    examples: int | None = None,
+) -> list[Result]:
     """Measures the nightly run.
 
     Args:
+        base: The base that answers and is trained.
         only: Runs only groups whose name contains this.
-        report: Called with the name of each group before it runs.
+        report: Called with the name of each group, and of its parts, before they run.
+        tenants: A folder with a folder per tenant; None: forgetting is not measured.
+        names: The tenants whose forgetting is measured.
+        examples: Training examples per tenant and run in which forgetting is measured; None: all.
 
     Raises:
-        InvalidRequest: No group's name contains `only`.
+        InvalidRequest: No group's name contains `only`, or a tenant's file is missing.
+        SetupError: No scores were measured for the gate.
     """
-    groups = {f"gate {metric}": partial(gate.results, metric) for metric in ("exact_match", "token_f1")}
+    groups: dict[str, Callable[[], list[Result]]] = {
+        "overhead": partial(overhead.results, report),
+        "evaluation": partial(evaluation.results, base, report),
+    }
+    groups |= {f"gate {metric}": partial(gate.results, metric) for metric in ("exact_match", "token_f1")}
+    if tenants is not None:
+        groups["forgetting"] = partial(forgetting.results, base, tenants, report, names=names, examples=examples)
     return run_groups(groups, only, report)
