@@ -16,8 +16,8 @@ from loramill.types import DatasetRecord, TrainOn
 #: The one file of a dataset's artifact.
 DATA_FILE = "data.jsonl"
 
-#: Number of files whose lengths are cached.
-_CACHE_SIZE = 4096
+#: Number of files whose lengths are cached, and whose examples are: a job's two, each of which is checked twice.
+_CACHE_SIZE, _EXAMPLES_CACHE_SIZE = 4096, 2
 
 
 class DatasetChecks:
@@ -25,6 +25,7 @@ class DatasetChecks:
 
     def __init__(self, artifacts: ArtifactStore, tokenizer: ChatTokenizer) -> None:
         self._artifacts, self._tokenizer = artifacts, tokenizer
+        self._read = lru_cache(_EXAMPLES_CACHE_SIZE)(self._read_examples)
         self._lengths = lru_cache(_CACHE_SIZE)(self._check_lengths)
         self._warnings = lru_cache(_CACHE_SIZE)(self._compare)
         self._format = lru_cache(_CACHE_SIZE)(self._first_row_format)
@@ -59,5 +60,5 @@ class DatasetChecks:
         with self._artifacts.open(artifact, DATA_FILE) as content:
             return row_format(next(iter_rows(content))[1])
 
-    def _read(self, artifact: str, filename: str) -> Examples:
+    def _read_examples(self, artifact: str, filename: str) -> Examples:
         return read_examples(self._artifacts.read(artifact, DATA_FILE), filename)
