@@ -234,9 +234,15 @@ def last_run(session: Session) -> NightlyRun | None:
     return next((each for each in runs if each.finished_at is None or list_steps(session, each.id)), None)
 
 
-def list_steps(session: Session, run: str) -> list[NightlyStep]:
-    """Returns the steps of a run in the order in which they began."""
+def list_steps(
+    session: Session, run: str, *, stage: str | None = None, adapter: str | None = None
+) -> list[NightlyStep]:
+    """Returns the steps of a run, of one stage and one adapter if named, in the order in which they began."""
     statement = select(NightlyStepRow).where(NightlyStepRow.run == run)
+    if stage is not None:
+        statement = statement.where(NightlyStepRow.step == stage)
+    if adapter is not None:
+        statement = statement.where(NightlyStepRow.adapter == adapter)
     rows = session.scalars(statement.order_by(NightlyStepRow.created_at, NightlyStepRow.adapter, NightlyStepRow.step))
     return [NightlyStep.model_validate(row) for row in rows]
 

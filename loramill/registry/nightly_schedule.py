@@ -79,17 +79,6 @@ def extend_lease(session: Session, run: str, holder: str, *, now: float, seconds
         raise _lost(run, holder)
 
 
-def check_lease(session: Session, run: str, holder: str) -> None:
-    """Checks, in the transaction of a write, that no other process has taken the run over.
-
-    Raises:
-        LeaseLost: one has.
-    """
-    statement = select(NightlyRunRow.holder).where(NightlyRunRow.id == run).with_for_update(read=True)
-    if session.scalar(statement) != holder:
-        raise _lost(run, holder)
-
-
 def end_lease(session: Session, run: str, holder: str) -> None:
     """Ends a lease, so that another process can resume the run at once; nothing if another one has it."""
     of_holder = (NightlyRunRow.id == run, NightlyRunRow.holder == holder)

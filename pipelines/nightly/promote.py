@@ -22,7 +22,7 @@ def gate_all(context: NightlyContext) -> None:
 
 
 def _gate(context: NightlyContext, adapter: str) -> None:
-    artifact = context.done("evaluate")[adapter]["results"]
+    artifact = context.finished(adapter, "evaluate")["results"]
     policy = context.definition.for_adapter(adapter).gate
     slices, golden = pair(evaluations.read_results(context.registry.artifacts, artifact), policy.metric)
     decision = decide(slices, golden, policy).model_copy(update={"metric": policy.metric})
@@ -37,9 +37,9 @@ def promote_all(context: NightlyContext) -> None:
 
 
 def _promote(context: NightlyContext, adapter: str) -> None:
-    decision = GateDecision.model_validate(context.done("gate")[adapter])
-    version = context.done("train")[adapter]["version"]
-    collected = context.done("collect").get(adapter)
+    decision = GateDecision.model_validate(context.finished(adapter, "gate"))
+    version = context.finished(adapter, "train")["version"]
+    collected = context.result(adapter, "collect")
     name = AdapterName.parse(adapter)
     run = f"nightly run {context.run.id}"
     with context.registry.writing() as session:

@@ -68,7 +68,7 @@ def _wait(context: NightlyContext, open_jobs: dict[str, str], poll_seconds: floa
 
 
 def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str) -> None:
-    spec = JobSpec.model_validate(context.done("collect")[adapter]["spec"])
+    spec = JobSpec.model_validate(context.finished(adapter, "collect")["spec"])
     if spec.base != context.base.fingerprint:
         raise BaseUnusable("The base has changed since the data was collected.")
     with context.registry.reading() as session:

@@ -54,7 +54,7 @@ def plan_evaluation(context: NightlyContext, adapter: str) -> EvalPlan:
     Raises:
         NotFound: the adapter, a version or a slice was deleted.
     """
-    collected, trained = context.done("collect")[adapter], context.done("train")[adapter]
+    collected, trained = context.finished(adapter, "collect"), context.finished(adapter, "train")
     slices = {name: load_examples(context, dataset) for name, dataset in collected["slices"].items()}
     return EvalPlan(
         adapter=adapter,

@@ -31,10 +31,8 @@ def test_a_dead_process_is_taken_over_when_its_lease_ended(registry):
     run = lease(registry, "one", 0.0)
     assert lease(registry, "two", 61.0).id == run.id
     with registry.writing() as session:
-        nightly_schedule.check_lease(session, run.id, "two")
+        nightly_schedule.extend_lease(session, run.id, "two", now=62.0, seconds=60)
         with pytest.raises(LeaseLost, match="has taken over the nightly run"):
-            nightly_schedule.check_lease(session, run.id, "one")
-        with pytest.raises(LeaseLost):
             nightly_schedule.extend_lease(session, run.id, "one", now=62.0, seconds=60)
         nightly_schedule.end_lease(session, run.id, "one")  # changes nothing
     with pytest.raises(NightlyBusy):

@@ -239,6 +239,27 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(cluster: Cluster) -> 
     assert only(cluster.run()).verdict is Verdict.PROMOTED and cluster.trained == ["acme/a"]
 
 
+def test_each_step_extends_the_lease(cluster: Cluster) -> None:
+    cluster.feed("acme/a", rows(60))
+    left: list[float] = []
+    answer = cluster.answer
+
+    def leave_no_time(job: JobRecord) -> None:
+        cluster.publish(job)
+        with cluster.registry.writing() as session:
+            run = nightly.list_runs(session)[0].id
+            nightly_schedule.extend_lease(session, run, process_name(), now=0, seconds=1)
+
+    def read_lease(question: EvalQuestion) -> EvalAnswer | LoramillError:
+        with cluster.registry.reading() as session:
+            left.append((nightly.list_runs(session)[0].lease_until or 0.0) - time.time())
+        return answer(question)
+
+    cluster.pool, cluster.answer = leave_no_time, read_lease
+    assert only(cluster.run()).verdict is Verdict.PROMOTED
+    assert min(left) > 0, "the end of the training extended it"
+
+
 def test_a_run_retrains_only_the_adapters_of_its_definition(cluster: Cluster) -> None:
     for adapter in ("acme/a", "acme/b", "bolt/a"):
         cluster.feed(adapter, rows(60))
