@@ -191,7 +191,7 @@ def _gain(new: SliceEvidence | None, policy: GateDefinition) -> _Finding | None:
     """Why these examples do not show a gain."""
     if new is None:
         return _HOLD, "there are no new held-out examples, on which it could be better"
-    if new.p_better > 1 - policy.confidence + _ROUNDING:
+    if new.gain <= _ROUNDING or new.p_better > 1 - policy.confidence + _ROUNDING:
         return _HOLD, reasons.no_gain(new, policy)
     if new.gain < policy.min_gain - _ROUNDING:
         return _HOLD, reasons.small_gain(new, policy)

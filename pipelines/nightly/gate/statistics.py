@@ -54,8 +54,12 @@ def interval(means: Floats, confidence: float) -> tuple[float, float]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """The probability of at least `wins` if wins and losses are equally likely: McNemar's exact test, one-sided."""
-    return _binomial_tail(wins + losses, wins)
+    """The p-value of this many wins if wins and losses are equally likely: McNemar's mid-p test, one-sided.
+
+    See `randomization_test`.
+    """
+    count = wins + losses
+    return max((_binomial_tail(count, wins) + _binomial_tail(count, wins + 1)) / 2, 0.5**wins)
 
 
 @lru_cache(maxsize=4096)
@@ -64,10 +68,17 @@ def _binomial_tail(count: int, least: int) -> float:
 
 
 def randomization_test(differences: Sequence[float]) -> float:
-    """The probability of a mean at least as high if the two candidates' scores were swapped at random per example.
+    """The mid-p value of this mean: how probable a higher one is, and half of how probable the same one is.
 
-    Exact for any number of examples: with five, a bootstrap finds a gain in five random differences of one sign, and
-    this test does not. For binary scores it is the sign test. Ties count neither way.
+    The two candidates' scores are swapped at random per example, in all ways: with five examples, a bootstrap finds a
+    gain in five random differences of one sign, and this test does not. For binary scores it is the sign test. Ties
+    count neither way.
+
+    Few outcomes are possible, and the exact p-value, which counts the observed one whole, rejects too seldom: at 5%,
+    and with 200 examples of which equally good versions differ on 4.7%, it finds 2.2% of them better, and 69% of those
+    that gain 5 points. Mid-p finds 4.1% and 75%, and at most 5.0% for any number of examples of which up to 70% differ
+    (Lancaster 1961; Fagerland, Lydersen and Laake 2013 recommend it for pairs). The result is at least the exact value
+    of as many wins without a loss, so that four examples show no gain.
     """
     values = np.asarray(differences, dtype=np.float64)
     unit = max(_UNIT, float(np.abs(values).sum()) / _MAX_UNITS)
@@ -78,7 +89,9 @@ def randomization_test(differences: Sequence[float]) -> float:
     units //= np.gcd.reduce(np.abs(units))
     if np.abs(units).max() == 1:
         return sign_test(int((units > 0).sum()), int((units < 0).sum()))
-    return float(_sums(np.sort(np.abs(units)))[int(units[units > 0].sum()) :].sum())
+    won = units[units > 0]
+    tail = _sums(np.sort(np.abs(units)))[int(won.sum()) :]
+    return max(float(tail.sum() - tail[0] / 2), 0.5 ** len(won))
 
 
 def _sums(weights: NDArray[np.int64]) -> Floats:

@@ -19,20 +19,22 @@ from loramill.pipelines.nightly.gate.statistics import (
 
 
 def enumerated(differences: list[float]) -> float:
-    """The randomization test, by all 2^n choices of signs."""
+    """The mid-p value, by all 2^n choices of signs."""
     observed = sum(differences)
     sums = [
         sum(sign * abs(each) for sign, each in zip(signs, differences, strict=True))
         for signs in itertools.product((-1, 1), repeat=len(differences))
     ]
-    return sum(each >= observed - 1e-9 for each in sums) / len(sums)
+    higher = sum(each > observed + 1e-9 for each in sums)
+    same = sum(abs(each - observed) <= 1e-9 for each in sums)
+    return max((higher + same / 2) / len(sums), 0.5 ** sum(each > 0 for each in differences))
 
 
 @pytest.mark.parametrize(
     ("wins", "losses", "p_value"),
-    [(0, 0, 1.0), (1, 0, 0.5), (5, 0, 1 / 32), (0, 5, 1.0), (9, 1, 11 / 1024), (3, 3, 42 / 64)],
+    [(0, 0, 1.0), (1, 0, 0.5), (5, 0, 1 / 32), (0, 5, 1.0), (9, 1, 6 / 1024), (3, 3, 0.5)],
 )
-def test_the_sign_test_counts_binomial_tails(wins: int, losses: int, p_value: float) -> None:
+def test_the_sign_test_counts_binomial_tails_and_equal_outcomes_half(wins: int, losses: int, p_value: float) -> None:
     assert sign_test(wins, losses) == pytest.approx(p_value)
     binary = [1.0] * wins + [-1.0] * losses + [0.0] * 7
     assert randomization_test(binary) == pytest.approx(p_value)
@@ -42,6 +44,19 @@ def test_the_sign_test_counts_binomial_tails(wins: int, losses: int, p_value: fl
 def test_the_randomization_test_counts_all_swaps(units: list[int]) -> None:
     differences = [each / 20 for each in units]
     assert randomization_test(differences) == pytest.approx(enumerated(differences))
+
+
+@pytest.mark.parametrize("size", [5, 10, 12, 30, 100, 200])
+@pytest.mark.parametrize("churn", [0.02, 0.05, 0.15, 0.3, 0.7])
+def test_equally_good_versions_differ_significantly_in_5_percent(size: int, churn: float) -> None:
+    significant = 0.0
+    for differing in range(size + 1):
+        chance = math.comb(size, differing) * churn**differing * (1 - churn) ** (size - differing)
+        outcomes = (
+            math.comb(differing, wins) for wins in range(differing + 1) if sign_test(wins, differing - wins) <= 0.05
+        )
+        significant += chance * sum(outcomes) / 2**differing
+    assert significant <= 0.0505
 
 
 def test_the_randomization_test_of_many_examples_is_exact() -> None:
