@@ -27,10 +27,12 @@ from loramill.registry.database.tables import (
     CheckpointRow,
     CompletionRow,
     DatasetRow,
+    DeletedUserRow,
     EvaluationRow,
     EventRow,
     JobRow,
     KeyRow,
+    NightlyAnswerRow,
     NightlyStepRow,
     PrunedVersionRow,
     RateWindowRow,
@@ -149,7 +151,7 @@ def delete_tenant(session: Session, name: str, *, cancel_jobs: bool = False) -> 
     _remove_adapters(session, AdapterRow.tenant == name)
     jobs = _remove_jobs(session, of_tenant)
     files = _execute(session, delete(DatasetRow).where(DatasetRow.tenant == name))
-    for table in (KeyRow, RateWindowRow, SourceFileRow, CompletionRow):
+    for table in (KeyRow, RateWindowRow, SourceFileRow, CompletionRow, DeletedUserRow):
         _execute(session, delete(table).where(table.tenant == name))
     _anonymize_usage(session, name)
     _anonymize_audit(session, name)
@@ -204,6 +206,7 @@ def _remove_adapters(session: Session, condition: ColumnElement[bool]) -> None:
     """Deletes adapters with everything that refers to them, except for their jobs."""
     names = select(AdapterRow.name).where(condition)
     for table in (
+        NightlyAnswerRow,
         NightlyStepRow,
         AdapterContentRow,
         AdapterDataRow,

@@ -34,7 +34,12 @@ def add_many(session: Session, records: Sequence[CompletionRecord]) -> int:
         if each.id not in stored and each.tenant in consenting and (each.adapter is None or each.adapter in adapters)
     ]
     session.add_all(
-        CompletionRow(labels=each.metadata, **each.model_dump(exclude={"metadata"}, mode="python")) for each in new
+        CompletionRow(
+            labels=each.metadata,
+            bytes=len(each.model_dump_json()),
+            **each.model_dump(exclude={"metadata"}, mode="python"),
+        )
+        for each in new
     )
     session.flush()
     return len(new)
