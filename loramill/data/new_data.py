@@ -54,11 +54,10 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     return f"The next nightly run trains on {data}, and evaluates the new version on {evaluation}."
 
 
-def sample(rows: Sequence[bytes], count: int) -> list[bytes]:
-    """At most `count` rows, chosen by their content: the same rows give the same sample."""
-    return sorted(rows, key=digest)[:count]
+def sample(rows: Sequence[bytes], count: int, seed: str = "") -> list[bytes]:
+    """At most `count` rows, chosen by their content: the same rows and seed give the same sample."""
 
+    def key(row: bytes) -> bytes:
+        return hashlib.sha256(f"{seed}{json.dumps(jsonl.parse(row), sort_keys=True)}".encode()).digest()
 
-def digest(row: bytes) -> bytes:
-    """A key that orders rows in a random-looking, repeatable way."""
-    return hashlib.sha256(json.dumps(jsonl.parse(row), sort_keys=True).encode()).digest()
+    return sorted(rows, key=key)[:count]

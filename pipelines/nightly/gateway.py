@@ -10,7 +10,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from loramill.client import Client
 from loramill.client.http import is_local_url, translate_openai_errors
 from loramill.errors import LoramillError, SettingsInvalid, Unavailable
-from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, answer_all
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, Keep, answer_all
 from loramill.settings import Settings
 
 
@@ -21,9 +21,16 @@ class EvalGateway(Protocol):
         """Raises NotRunning if nothing answers, and Unavailable if the models do not answer yet."""
 
     def answer_all(
-        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+        self,
+        questions: Sequence[EvalQuestion],
+        report: Callable[[int], None],
+        keep: Keep = lambda index, answer: None,
     ) -> list[EvalAnswer | LoramillError]:
-        """Returns the greedy answers, or errors in their place; `report` gets the number of finished questions.
+        """Returns the greedy answers, or errors in their place.
+
+        Args:
+            report: called with the number of finished questions.
+            keep: called with each answer and its question's index as soon as it is there.
 
         Raises:
             NotRunning, Unavailable: the gateway does not answer any more.
@@ -45,12 +52,15 @@ class HttpGateway:
                 raise Unavailable(f"The models of the gateway at {client.url} do not answer yet; try again.")
 
     def answer_all(
-        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+        self,
+        questions: Sequence[EvalQuestion],
+        report: Callable[[int], None],
+        keep: Keep = lambda index, answer: None,
     ) -> list[EvalAnswer | LoramillError]:
         """See `EvalGateway`."""
         url = self._settings.gateway
         with translate_openai_errors(url):
-            return answer_all(openai_client(url, self._key()), questions, report=report)
+            return answer_all(openai_client(url, self._key()), questions, report=report, keep=keep)
 
     def _key(self) -> str:
         file = self._settings.admin_key_file

@@ -60,6 +60,10 @@ class EvalAnswer:
     tokens: int = 0
 
 
+#: What is done with an answer and the index of its question as soon as it is there.
+Keep = Callable[[int, EvalAnswer], None]
+
+
 def build_questions(model: str, examples: Sequence[Example], tokenizer: ChatTokenizer) -> list[EvalQuestion]:
     """The held-out examples as questions for `model`; `tokenizer` is the base's."""
     return [
@@ -102,7 +106,11 @@ def max_answer_tokens(reference: str, tokenizer: ChatTokenizer) -> int:
 
 
 def answer_all(
-    client: AsyncOpenAI, questions: Sequence[EvalQuestion], *, report: Callable[[int], None] = lambda done: None
+    client: AsyncOpenAI,
+    questions: Sequence[EvalQuestion],
+    *,
+    report: Callable[[int], None] = lambda done: None,
+    keep: Keep = lambda index, answer: None,
 ) -> list[EvalAnswer | LoramillError]:
     """Returns the greedy answers, or errors in their place, in the order of the questions.
 
@@ -110,15 +118,16 @@ def answer_all(
 
     Args:
         report: called with the number of finished questions.
+        keep: called with each answer and its question's index as soon as it is there.
 
     Raises:
         openai.APIConnectionError: the gateway was unreachable for longer than the client's retries.
     """
-    return asyncio.run(_answer_all(client, questions, report))
+    return asyncio.run(_answer_all(client, questions, report, keep))
 
 
 async def _answer_all(
-    client: AsyncOpenAI, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+    client: AsyncOpenAI, questions: Sequence[EvalQuestion], report: Callable[[int], None], keep: Keep
 ) -> list[EvalAnswer | LoramillError]:
     answers: list[EvalAnswer | LoramillError] = [EvalAnswer("")] * len(questions)
     turn: dict[str, int] = {}
@@ -133,7 +142,8 @@ async def _answer_all(
         nonlocal done
         for _, index in waiting:
             try:
-                answers[index] = await _answer(client, questions[index])
+                answers[index] = answer = await _answer(client, questions[index])
+                keep(index, answer)
             except openai.APIStatusError as error:
                 answers[index] = error_from_response(error.status_code, error.body, str(client.base_url))
             except EngineFault as error:

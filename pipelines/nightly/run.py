@@ -21,6 +21,7 @@ from loramill.pipelines.nightly.definition import NightlyDefinition, load_defini
 from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.promote import gate_all, promote_all
+from loramill.pipelines.nightly.replay.on_policy import replay_all
 from loramill.pipelines.nightly.schedule.lease import leased_run
 from loramill.pipelines.nightly.sources.feedback import add_feedback
 from loramill.pipelines.nightly.sources.files import scan_sources
@@ -73,7 +74,7 @@ def _run_stages(context: NightlyContext) -> NightlyRun:
     add_feedback(context)
     collect_all(context)
     try:
-        for stage in (train_all, evaluate_all, gate_all, promote_all):
+        for stage in (replay_all, train_all, evaluate_all, gate_all, promote_all):
             stage(context)
     except (Unavailable, SetupError) as error:
         context.interrupt(error)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import BaseUnusable, JobCancelled, JobError, NotFound, SetupError, Unavailable
@@ -68,7 +70,8 @@ def _wait(context: NightlyContext, open_jobs: dict[str, str], poll_seconds: floa
 
 
 def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str) -> None:
-    spec = JobSpec.model_validate(context.finished(adapter, "collect")["spec"])
+    plan = context.finished(adapter, "collect")
+    spec = JobSpec.model_validate(plan["spec"])
     if spec.base != context.base.fingerprint:
         raise BaseUnusable("The base has changed since the data was collected.")
     with context.registry.reading() as session:
@@ -79,7 +82,7 @@ def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str
             submission,
             adjustable=ADJUSTABLE,
             priority=context.definition.for_adapter(adapter).train.priority,
-            metadata={"nightly_run": context.run.id},
+            metadata={"nightly_run": context.run.id} | {f"replay_{kind}": str(n) for kind, n in replayed(plan).items()},
         )
     decision = decide_training(context.definition.budget, spending(context), job.cost)
     if not decision.start:
@@ -89,6 +92,11 @@ def _submit(context: NightlyContext, submission: SubmissionContext, adapter: str
     with context.registry.writing() as session:
         record = queue(session, job, Submitter(tenant=None, key_id="nightly", request_id=context.run.id))
         context.record_pending(session, adapter, "train", {"job": record.id, "tokens": job.cost})
+
+
+def replayed(plan: Mapping[str, Any]) -> dict[str, int]:
+    """The number of old examples among the training data of a collected adapter, by kind of replay."""
+    return {kind: plan["replay"][kind] for kind in ("plain", "on_policy") if kind in plan.get("replay", {})}
 
 
 def _poll_jobs(context: NightlyContext, open_jobs: dict[str, str]) -> dict[str, JobRecord]:

@@ -341,6 +341,20 @@ class NightlyStepRow(TableBase):
     finished_at: Mapped[float | None]
 
 
+class NightlyAnswerRow(TableBase):
+    """A model's answer in a nightly run, kept until the run has used it, so that a killed run does not ask again.
+
+    `question` is a hash of the model's name and of what it was asked.
+    """
+
+    __tablename__ = "nightly_answers"
+    run: Mapped[str] = mapped_column(ForeignKey("nightly_runs.id"), primary_key=True)
+    adapter: Mapped[str] = mapped_column(primary_key=True)
+    question: Mapped[str] = mapped_column(String(64), primary_key=True)
+    text: Mapped[str]
+    truncated: Mapped[bool]
+
+
 class AdapterDataRow(TableBase):
     """New data of an adapter; `run` is the nightly run that collected it."""
 
@@ -394,7 +408,10 @@ class SourceFileRow(TableBase):
 
 
 class CompletionRow(TableBase):
-    """A completion that its tenant stores: what was requested and answered, until its retention ends."""
+    """A completion that its tenant stores: what was requested and answered, until its retention ends.
+
+    `bytes` is its size as JSON, which counts toward its tenant's limit.
+    """
 
     __tablename__ = "completions"
     __table_args__ = (Index(None, "tenant", "created_at"), Index(None, "tenant", "user"))
@@ -408,7 +425,20 @@ class CompletionRow(TableBase):
     labels: Mapped[dict[str, str]] = mapped_column("metadata")
     request: Mapped[dict[str, Any]]
     response: Mapped[dict[str, Any]]
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     created_at: Mapped[float]
+
+
+class DeletedUserRow(TableBase):
+    """A user of a tenant whose completions were deleted, so that gateways store none that ended before.
+
+    `digest` is the SHA-256 of the tenant and the user.
+    """
+
+    __tablename__ = "deleted_users"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
+    deleted_at: Mapped[float]
 
 
 class FeedbackRow(TableBase):

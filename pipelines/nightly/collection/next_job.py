@@ -36,3 +36,9 @@ def next_spec(old: JobSpec, champion: str, train: DatasetRecord, valid: DatasetR
         "learning_rate": (old.learning_rate if old.objective == "sft" else LEARNING_RATE) / 2,
     }
     return JobSpec.model_validate(old.model_dump() | changed)
+
+
+def with_training_file(spec: JobSpec, train: DatasetRecord) -> JobSpec:
+    """The spec with another training file; what is given in epochs becomes as many steps as they need."""
+    steps = spec.steps if spec.epochs is None else count_steps(spec.epochs, train.examples, spec.batch_size)
+    return JobSpec.model_validate(spec.model_dump() | {"train": train.id, "steps": steps})

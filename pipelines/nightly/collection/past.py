@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +10,16 @@ from sqlalchemy.orm import Session
 
 from loramill.data import jsonl
 from loramill.data.examples import read_row
-from loramill.errors import BaseUnusable
+from loramill.errors import BaseUnusable, NotFound
 from loramill.models.catalog import Base
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
-from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
+from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, digest, fingerprints
 from loramill.pipelines.nightly.collection.relation import Known
 from loramill.registry import ArtifactStore, adapters, content, datasets, jobs
 from loramill.types import ContentSide, JobSpec, VersionRecord
+
+#: Versions whose data is replayed. Each file has replayed rows of the ones before, so that older data is not lost.
+LINEAGE = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,15 @@ class Past:
         champion: the version; None before the first promotion.
         previous: the champion before it; None if it belongs to another base, so that it cannot be served.
         job: the spec of its job; None if it was imported or deleted.
-        train, valid: dataset IDs; None if deleted, or if the job learned preferences.
+        files: IDs of the training datasets of examples that it and the versions that it continues were trained on,
+            newest first.
+        valid: ID of the validation dataset of the newest of these jobs; None if deleted.
     """
 
     champion: str | None = None
     previous: str | None = None
     job: JobSpec | None = None
-    train: str | None = None
+    files: tuple[str, ...] = ()
     valid: str | None = None
 
 
@@ -47,13 +53,31 @@ def find_past(session: Session, name: AdapterName, base: Base) -> Past:
     champion, previous = adapter.champion, adapter.previous
     if previous and adapters.get_version(session, previous).base != base.fingerprint:
         previous = None
-    origin = _version(session, name, champion, base).job if champion else None
-    job = jobs.get(session, origin).spec if origin else None
+    specs = list(_lineage(session, _version(session, name, champion, base))) if champion else []
+    job = specs[0] if specs and specs[0] is not None else None
     # Preferences are not trained together with answers.
-    files = (job.train, job.valid) if job and job.objective == "sft" else (None, None)
-    existing = datasets.example_counts(session, filter(None, files))
-    train, valid = (file if file in existing else None for file in files)
-    return Past(champion, previous, job, train, valid)
+    taught = [spec for spec in specs if spec is not None and spec.objective == "sft"]
+    valid = taught[0].valid if taught else None
+    trained = list(dict.fromkeys(spec.train for spec in taught))
+    existing = datasets.example_counts(session, [*trained, *([valid] if valid else [])])
+    files = tuple(file for file in trained if file in existing)
+    return Past(champion, previous, job, files, valid if valid in existing else None)
+
+
+def _lineage(session: Session, version: VersionRecord) -> Iterator[JobSpec | None]:
+    """The specs of the jobs of a version and of those that it continues, newest first, at most `LINEAGE`.
+
+    It ends with None at a version that was imported, and without it at one that was deleted.
+    """
+    for _ in range(LINEAGE):
+        spec = jobs.get(session, version.job).spec if version.job else None
+        yield spec
+        if spec is None or spec.start_from is None:
+            return
+        try:
+            version = adapters.get_owned_version(session, spec.adapter, spec.start_from)
+        except NotFound:
+            return
 
 
 def record_past(session: Session, artifacts: ArtifactStore, name: AdapterName, past: Past) -> None:
@@ -62,8 +86,9 @@ def record_past(session: Session, artifacts: ArtifactStore, name: AdapterName, p
     Its validation file counts as held out, even where it has examples of the training file: they are not trained on any
     more, and the champion's advantage on them fades.
     """
-    for dataset, side in ((past.valid, ContentSide.HELD_OUT), (past.train, ContentSide.TRAIN)):
-        if dataset is None or content.is_recorded(session, name, dataset):
+    held = [(past.valid, ContentSide.HELD_OUT)] if past.valid else []
+    for dataset, side in (*held, *((file, ContentSide.TRAIN) for file in past.files)):
+        if content.is_recorded(session, name, dataset):
             continue
         other_side = {each.digest for each in content.list_content(session, name) if each.side is not side}
         rows = read_rows(session, artifacts, dataset)
@@ -80,6 +105,18 @@ def known_content(session: Session, name: AdapterName) -> Known:
         [each.side for each in found],
         [each.used for each in found],
     )
+
+
+def old_rows(session: Session, artifacts: ArtifactStore, name: AdapterName, past: Past) -> list[bytes]:
+    """The rows that the champion and the versions that it continues were trained on, newest first, each once.
+
+    An answer of a champion that was replayed is not one of them: only recorded content counts.
+    """
+    trained = {each.digest for each in content.list_content(session, name) if each.side is ContentSide.TRAIN}
+    found: dict[bytes, None] = {}
+    for file in past.files:
+        found |= dict.fromkeys(read_rows(session, artifacts, file))
+    return [row for row in found if digest(read_row(row, 1)) in trained]
 
 
 def read_rows(session: Session, artifacts: ArtifactStore, dataset: str) -> list[bytes]:

@@ -16,7 +16,7 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
 from loramill.pipelines.nightly.collection.next_job import first_spec, next_spec
-from loramill.pipelines.nightly.collection.past import Past, find_past, known_content, read_rows, record_past
+from loramill.pipelines.nightly.collection.past import Past, find_past, known_content, old_rows, read_rows, record_past
 from loramill.pipelines.nightly.collection.policy import Fate, assign, near_held_out
 from loramill.pipelines.nightly.collection.relation import Known
 from loramill.pipelines.nightly.collection.rows import (
@@ -103,7 +103,7 @@ def plan_training(
     tenant has deleted is left out. What is trained on and held out is recorded for all later runs.
 
     Returns:
-        `{spec, champion, previous, slices: {name: dataset}, counts, quarantine: {file, reasons}}`.
+        `{spec, champion, previous, slices: {name: dataset}, replay: {plain}, counts, quarantine: {file, reasons}}`.
 
     Raises:
         BaseUnusable: the champion belongs to another base.
@@ -114,7 +114,7 @@ def plan_training(
     past = find_past(session, name, base)
     record_past(session, artifacts, name, past)
     known = known_content(session, name)
-    old = read_rows(session, artifacts, past.train) if past.train else []
+    old = old_rows(session, artifacts, name, past)
     checked = of_one_format(check_rows(_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
     check_share(checked, rules.split.max_bad_rows)
     decided = _decide(checked, known, rules.split)
@@ -124,7 +124,7 @@ def plan_training(
     if not train:
         return NothingNew(f"nothing new: {counts.describe()}.", _collected(freezer, checked, counts))
     old_held = [each for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.HELD_OUT]
-    replay = _replay(old, [*old_held, *(each.fingerprint for each in held)], rules)
+    replay = _replay(old, [*old_held, *(each.fingerprint for each in held)], rules, past.champion or "")
     if (reason := _too_few(decided, replay, rules.minimum, evaluated=past.valid is not None)) is not None:
         return InsufficientData(reason)
 
@@ -141,7 +141,7 @@ def plan_training(
         content.record(session, name, side, found, dataset=dataset.id, run=run)
     spec = _spec(name, past, frozen, valid, base)
     versions = {"champion": past.champion, "previous": past.previous}
-    planned = {"spec": spec.model_dump(mode="json"), "slices": slices} | versions
+    planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}} | versions
     return planned | _collected(freezer, checked, counts)
 
 
@@ -194,9 +194,9 @@ def _count(decided: Sequence[_Decided], checked: CheckedRows) -> CollectedCounts
     )
 
 
-def _replay(old: Sequence[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules) -> list[bytes]:
+def _replay(old: Sequence[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules, seed: str) -> list[bytes]:
     """A sample of old examples, without any that equals or resembles a held-out one."""
-    chosen = sample(old, rules.replay)
+    chosen = sample(old, rules.replay, seed)
     found = fingerprints([read_row(row, line) for line, row in enumerate(chosen, 1)])
     leaked = near_held_out(found, held_out, rules.split.near_duplicate)
     return [row for row, out in zip(chosen, leaked, strict=True) if not out]

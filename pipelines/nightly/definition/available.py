@@ -11,7 +11,6 @@ UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
     "feedback": None,
     "split": ("by",),
     "train": ("start", "options"),
-    "replay": ("on_policy", "min_score"),
     "evaluate": ("scorer", "judge", "slices_by", "golden"),
     "gate": ("approval", "min_golden"),
     "canary": None,

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from loramill.durations import format_duration
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
-from loramill.pipelines.nightly.definition.training import BudgetDefinition, ScheduleDefinition
+from loramill.pipelines.nightly.definition.training import BudgetDefinition, ReplayDefinition, ScheduleDefinition
 from loramill.plural import counted, listed
 
 #: Adapters that are named in one line.
@@ -31,7 +31,7 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
             f"{split.held_out:.0%} is held out; up to {split.max_bad_rows:.0%} bad rows are left out",
         ),
         ("training", f"from the champion, at priority {definition.train.priority}"),
-        ("replay", counted(definition.replay.plain_examples, "old example")),
+        ("replay", _replay(definition.replay)),
         ("metrics", ", ".join(definition.evaluate.computed_metrics)),
         (
             "gate",
@@ -56,6 +56,16 @@ def _adapters(definition: NightlyDefinition, adapters: list[str]) -> str:
     included = [each for each in adapters if definition.includes(each)]
     names = ", ".join(included[:_SHOWN_ADAPTERS]) + (", …" if len(included) > _SHOWN_ADAPTERS else "")
     return f"{len(included)} of {counted(len(adapters), 'adapter')}" + (f": {names}" if names else "")
+
+
+def _replay(replay: ReplayDefinition) -> str:
+    plain = counted(replay.plain_examples, "old example")
+    if not replay.on_policy:
+        return plain
+    return (
+        f"{plain}, and {replay.on_policy:.0%} of the training data are old prompts with the champion's own answers, "
+        f"of a token F1 of at least {replay.min_score:g}"
+    )
 
 
 def _budget(budget: BudgetDefinition) -> str:

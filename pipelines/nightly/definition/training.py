@@ -168,13 +168,14 @@ class ReplayDefinition(FrozenModel):
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of the training examples that are old prompts with the champion's own answers; 0: none.",
+        description="Share of the training examples that are old prompts with the champion's own answers, in addition "
+        "to `plain_examples`; 0: none.",
     )
     min_score: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="Score against the old answer that the champion's answer must have to be trained on.",
+        description="Token F1 against the old answer that the champion's answer must have to be trained on.",
     )
 
 

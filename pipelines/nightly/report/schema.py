@@ -140,6 +140,11 @@ class AdapterReport(FrozenModel):
     rows: dict[str, int] = Field(
         default_factory=dict, description="What became of the rows of the new data, by name: train, held_out, …"
     )
+    replay: dict[str, int] = Field(
+        default_factory=dict,
+        description="Old examples among the training data: plain, and on_policy, with the champion's own answers to "
+        "some of the old prompts; unanswered is the number of prompts that the engine did not answer.",
+    )
     quarantine: ReportedQuarantine | None = Field(default=None, description="Rows that were not valid.")
     history: tuple[SliceHistory, ...] = Field(
         default=(), description="Forgetting: scores over time on what earlier runs held out, oldest run first."

@@ -136,6 +136,7 @@ def _adapter(
         gains=gains,
         training=_training(job, records.metrics.get(job.id, ())) if job else None,
         rows=_rows(outcome),
+        replay=collected.get("replay", {}),
         quarantine=_quarantine(outcome),
         history=slice_histories(records.scores.get(outcome.adapter, ())),
         cost=_cost(records, job, evaluated, seconds),

@@ -33,7 +33,7 @@ from loramill.pipelines.nightly.collection import collect
 from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.context import NightlyProgress
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes, succeeded, summary
-from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, Keep
 from loramill.pipelines.nightly.run import run_nightly
 from loramill.pipelines.nightly.schedule.lease import process_name
 from loramill.registry import (
@@ -92,10 +92,14 @@ class Cluster:
             self.pool(job)
 
     def answer_all(
-        self, questions: Sequence[EvalQuestion], report: Callable[[int], None]
+        self, questions: Sequence[EvalQuestion], report: Callable[[int], None], keep: Keep = lambda index, answer: None
     ) -> list[EvalAnswer | LoramillError]:
         report(len(questions))
-        return [self.answer(question) for question in questions]
+        answers = [self.answer(question) for question in questions]
+        for index, answer in enumerate(answers):
+            if isinstance(answer, EvalAnswer):
+                keep(index, answer)
+        return answers
 
     def answer(self, question: EvalQuestion) -> EvalAnswer | LoramillError:
         adapter = question.model.partition("@")[0]
@@ -201,7 +205,7 @@ def test_a_better_challenger_is_promoted_and_a_rerun_does_nothing(cluster: Clust
     assert [describe(step) for step in cluster.steps][-1] == "acme/a: rejected"
     assert cluster.champion("acme/a") == champion and succeeded([worse])
     stages = {(each.stage, each.adapter) for each in cluster.progress}
-    assert stages == {("train", "acme/a"), ("evaluate", None)}
+    assert stages == {("replay", None), ("train", "acme/a"), ("evaluate", None)}
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(cluster: Cluster) -> None:

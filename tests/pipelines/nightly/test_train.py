@@ -15,7 +15,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly import run, train
 from loramill.pipelines.nightly.outcome import Verdict, outcomes
-from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
+from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, Keep
 from loramill.registry import Registry, adapters, audit, datasets, jobs, nightly, pool_gpus, tenants
 from loramill.registry.database.tables import JobRow
 from loramill.settings import Settings
@@ -75,7 +75,9 @@ class Cluster:
             with self.registry.writing() as session:
                 jobs.publish(session, job.id, job.attempt, record)
 
-    def answer_all(self, questions: Sequence[EvalQuestion], report: Callable[[int], None]) -> list[EvalAnswer]:
+    def answer_all(
+        self, questions: Sequence[EvalQuestion], report: Callable[[int], None], keep: Keep | None = None
+    ) -> list[EvalAnswer]:
         return [EvalAnswer(f"answer {question.messages[-1]['content']}") for question in questions]
 
     def run(self) -> dict[str, Any]:

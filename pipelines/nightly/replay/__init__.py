@@ -1,0 +1,1 @@
+"""On-policy replay: old prompts with the champion's own answers among the new examples, against forgetting."""
