@@ -104,7 +104,7 @@ class TenantsResource:
             requests_per_minute: Maximum number of requests per minute.
             tokens_per_minute: Maximum number of prompt and completion tokens per minute.
             concurrent_requests: Maximum number of requests that run at the same time.
-            stored_bytes: Maximum total size of its uploaded files and imported adapters.
+            stored_bytes: Maximum total size of its uploaded files, imported adapters and stored completions.
         """
         limits = {
             "requests_per_minute": requests_per_minute,

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import check_name
-from loramill.registry.database.tables import DatasetRow, JobRow, TenantRow, VersionRow
+from loramill.registry.database.tables import CompletionRow, DatasetRow, JobRow, TenantRow, VersionRow
 from loramill.types import CompletionStorage, JobStatus, Limits, TenantRecord
 
 
@@ -134,16 +134,22 @@ def check_storage_quota(session: Session, name: str, size: int, *, lock: bool = 
     limit = _locked_row(session, name).stored_bytes if lock else get(session, name).stored_bytes
     if limit is None:
         return
+    stored = count_stored_bytes(session, name)
+    if stored + size > limit:
+        raise QuotaExceeded(
+            f"'{name}' stores {stored} bytes and may store {limit}, and this file has {size}: delete files that no job "
+            "needs, or stored completions, or ask an admin for a larger limit."
+        )
+
+
+def count_stored_bytes(session: Session, name: str) -> int:
+    """Returns the bytes of a tenant's files, imported adapters and stored completions."""
     uploaded = select(func.coalesce(func.sum(DatasetRow.bytes), 0)).where(DatasetRow.tenant == name)
     imported = select(func.coalesce(func.sum(VersionRow.bytes), 0)).where(
         VersionRow.job.is_(None), VersionRow.adapter.startswith(f"{name}/", autoescape=True)
     )
-    stored = (session.scalar(uploaded) or 0) + (session.scalar(imported) or 0)
-    if stored + size > limit:
-        raise QuotaExceeded(
-            f"'{name}' stores {stored} bytes and may store {limit}, and this file has {size}: delete files that no job "
-            "needs, or ask an admin for a larger limit."
-        )
+    completions = select(func.coalesce(func.sum(CompletionRow.bytes), 0)).where(CompletionRow.tenant == name)
+    return sum(int(session.scalar(each) or 0) for each in (uploaded, imported, completions))
 
 
 def _locked_row(session: Session, name: str) -> TenantRow:

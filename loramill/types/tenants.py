@@ -34,7 +34,10 @@ class Limits(FrozenModel):
         default=None, ge=1, lt=2**31, description="Maximum number of requests that run at the same time."
     )
     stored_bytes: int | None = Field(
-        default=None, ge=0, lt=2**53, description="Maximum total size of uploaded files and imported adapters."
+        default=None,
+        ge=0,
+        lt=2**53,
+        description="Maximum total size of uploaded files, imported adapters and stored completions.",
     )
 
 

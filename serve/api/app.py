@@ -40,7 +40,7 @@ from loramill.serve.api.routes import (
     tenants,
     usage,
 )
-from loramill.serve.api.storage.consent import tenant_cache
+from loramill.serve.api.storage.consent import stored_cache, tenant_cache
 from loramill.serve.api.storage.writer import CompletionWriter
 from loramill.serve.api.traffic.flush import traffic_flusher
 from loramill.serve.api.traffic.shadow import ShadowRunner
@@ -114,6 +114,7 @@ def build_api(
         route_cache(registry, grace_seconds),
         usage_tracker,
         tenant_cache(registry, grace_seconds),
+        stored_cache(registry, grace_seconds),
         writer,
         traffic,
         shadows,

@@ -63,6 +63,7 @@ class Gateway:
         routes: the versions that answer for an adapter without a version.
         usage_tracker: limits and usage of the tenants.
         tenant_cache: tenants with their settings, by name.
+        stored_cache: bytes that tenants store, by name.
         completions: writes stored completions.
         traffic: what the answers of versions are like.
         shadows: copies of requests that run in the background.
@@ -78,6 +79,7 @@ class Gateway:
     routes: ReadThroughCache[AdapterName, AdapterRoute]
     usage_tracker: UsageTracker
     tenant_cache: ReadThroughCache[str, TenantRecord]
+    stored_cache: ReadThroughCache[str, int]
     completions: CompletionWriter
     traffic: TrafficTracker
     shadows: ShadowRunner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, select
@@ -9,29 +11,36 @@ from sqlalchemy import delete as delete_from
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from loramill.errors import NotFound
-from loramill.registry.database.tables import AdapterRow, CompletionRow, FeedbackRow, TenantRow
+from loramill.registry import tenants
+from loramill.registry.database.tables import AdapterRow, CompletionRow, DeletedUserRow, FeedbackRow, TenantRow
 from loramill.registry.feedback.withdrawal import withdraw
 from loramill.registry.pagination import newest_page
 from loramill.types import CompletionDeletion, CompletionKind, CompletionRecord
 
 _DAY_SECONDS = 86_400.0
+#: Days for which a deleted user is remembered, as a hash: longer than a gateway waits to write, while the database is
+#: unavailable.
+DELETION_DAYS = 7
 
 
 def add_many(session: Session, records: Sequence[CompletionRecord]) -> int:
     """Stores completions; returns how many.
 
     Not stored are those that are stored already, since a gateway repeats a batch of which it does not know whether it
-    was committed, and those whose tenant has withdrawn its consent, or whose adapter was deleted, in the meantime.
+    was committed, and those whose tenant has withdrawn its consent, or whose adapter or user was deleted, in the
+    meantime.
     """
     # Locked against deletion until the transaction ends, as are the adapters.
     owners = [each.tenant for each in records]
     consenting = _existing(session, TenantRow.name, owners, TenantRow.store_completions.is_(True))
     adapters = _existing(session, AdapterRow.name, [each.adapter for each in records if each.adapter is not None])
     stored = set(session.scalars(select(CompletionRow.id).where(CompletionRow.id.in_([each.id for each in records]))))
+    deleted = _deletions(session, records)
     new = [
         each
         for each in {record.id: record for record in records}.values()
         if each.id not in stored and each.tenant in consenting and (each.adapter is None or each.adapter in adapters)
+        if each.user is None or each.created_at > deleted.get(_user_digest(each.tenant, each.user), 0.0)
     ]
     session.add_all(
         CompletionRow(
@@ -117,7 +126,12 @@ def delete(session: Session, completion_id: str, tenant: str | None, kind: Compl
 
 
 def delete_user(session: Session, tenant: str, user: str) -> CompletionDeletion:
-    """Deletes all stored completions of a tenant's user with their feedback, as `delete` does."""
+    """Deletes all stored completions of a tenant's user with their feedback, as `delete` does.
+
+    Completions that have ended before, and are not written yet, are not stored by any gateway.
+    """
+    tenants.lock(session, tenant)  # a gateway that writes now has ended, or waits
+    session.merge(DeletedUserRow(digest=_user_digest(tenant, user), tenant=tenant, deleted_at=time.time()))
     statement = select(CompletionRow.id).where(CompletionRow.tenant == tenant, CompletionRow.user == user)
     return _delete(session, tenant, list(session.scalars(statement)))
 
@@ -138,6 +152,8 @@ def expire(session: Session, days: float, *, now: float) -> int:
             delete_from(CompletionRow).where(old), execution_options={"synchronize_session": False}
         )
         deleted += int(result.rowcount)  # type: ignore[attr-defined]  # results of these statements have it
+    forgotten = delete_from(DeletedUserRow).where(DeletedUserRow.deleted_at < now - DELETION_DAYS * _DAY_SECONDS)
+    session.execute(forgotten, execution_options={"synchronize_session": False})
     session.expire_all()
     return deleted
 
@@ -154,6 +170,17 @@ def _existing(
     """Returns which of these names exist, and locks their rows against deletion."""
     statement = select(name).where(name.in_(set(names)), *conditions).order_by(name)
     return set(session.scalars(statement.with_for_update(read=True, key_share=True)))
+
+
+def _deletions(session: Session, records: Sequence[CompletionRecord]) -> dict[str, float]:
+    """Returns when the users of these completions were deleted, by digest."""
+    digests = {_user_digest(each.tenant, each.user) for each in records if each.user is not None}
+    statement = select(DeletedUserRow.digest, DeletedUserRow.deleted_at).where(DeletedUserRow.digest.in_(digests))
+    return dict(session.execute(statement).tuples().all())
+
+
+def _user_digest(tenant: str, user: str) -> str:
+    return hashlib.sha256(f"{tenant}/{user}".encode()).hexdigest()
 
 
 def _delete(session: Session, tenant: str, ids: Sequence[str]) -> CompletionDeletion:

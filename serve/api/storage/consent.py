@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from loramill.errors import InvalidRequest
+from loramill.errors import InvalidRequest, QuotaExceeded
 from loramill.registry import Registry, tenants
 from loramill.serve.api.cache import ReadThroughCache
 from loramill.serve.api.dependencies import Gateway
@@ -66,6 +66,7 @@ async def storing(
 
     Raises:
         InvalidRequest: the tenant has not consented, there is none, or `user` can't be stored.
+        QuotaExceeded: the tenant stores as many bytes as it may.
     """
     if not body.store:
         return None
@@ -83,12 +84,25 @@ async def storing(
             "'store' out to get an answer that is not stored.",
             param="store",
         )
+    if tenant.stored_bytes is not None:
+        stored = await gateway.stored_cache.get(target.tenant)
+        if stored >= tenant.stored_bytes:
+            raise QuotaExceeded(
+                f"'store' is true, but '{target.tenant}' stores {stored} bytes and may store {tenant.stored_bytes}: "
+                "delete files or completions, ask an admin for a larger limit, or leave 'store' out.",
+                param="store",
+            )
     if body.user is not None and (len(body.user) > MAX_USER_LENGTH or "\x00" in body.user):
         raise InvalidRequest(
             f"'user' has {len(body.user)} characters; with 'store' it has at most {MAX_USER_LENGTH}, without NUL.",
             param="user",
         )
     return Storing(gateway.completions.buffer.add, kind, target, body.user, dict(body.metadata or {}), request)
+
+
+def stored_cache(registry: Registry, grace_seconds: float = 0.0) -> ReadThroughCache[str, int]:
+    """Caches the bytes that tenants store; it lags behind by what is written in half a second."""
+    return ReadThroughCache(registry, tenants.count_stored_bytes, grace_seconds=grace_seconds)
 
 
 def tenant_cache(registry: Registry, grace_seconds: float = 0.0) -> ReadThroughCache[str, TenantRecord]:

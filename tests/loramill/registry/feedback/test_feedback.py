@@ -4,13 +4,14 @@ import time
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
-from loramill.errors import InvalidRequest, NotFound
+from loramill.errors import InvalidRequest, NotFound, QuotaExceeded
 from loramill.names import AdapterName
 from loramill.registry import Registry, adapters, datasets, deletion, nightly, renaming, tenants
-from loramill.registry.database.tables import CompletionRow, FeedbackRow
+from loramill.registry.database.tables import CompletionRow, DeletedUserRow, FeedbackRow
 from loramill.registry.feedback import completions, ratings, use
-from loramill.types import CompletionKind, CompletionRecord, CompletionStorage, Rating
+from loramill.types import CompletionKind, CompletionRecord, CompletionStorage, Limits, Rating
 
 CHAT = CompletionKind.CHAT
 
@@ -135,6 +136,38 @@ def test_deletion_by_completion_and_by_user_takes_the_feedback_along(consenting)
         removed = completions.delete_user(session, "acme", "ann")
         assert (removed.completions, removed.feedback) == (2, 2)
     assert count(consenting) == (2, 0)
+
+
+def test_what_other_gateways_write_after_the_deletion_of_a_user_is_not_stored(consenting):
+    with consenting.writing() as session:
+        completions.delete_user(session, "acme", "ann")
+    now = time.time()
+    before, after = completion(1, user="ann", created_at=now - 60), completion(2, user="ann", created_at=now + 60)
+    others = [completion(3, user="bob", created_at=now - 60), completion(1, "globex", user="ann", created_at=now - 60)]
+    assert add(consenting, before, after, *others) == 3
+    with consenting.writing() as session:
+        with pytest.raises(NotFound):
+            completions.get(session, before.id, "acme")
+        assert completions.delete_user(session, "acme", "ann").completions == 1
+    assert add(consenting, before) == 0
+    with consenting.writing() as session:
+        completions.expire(session, 1e9, now=now + (completions.DELETION_DAYS + 1) * 86_400)
+        assert session.scalars(select(DeletedUserRow.digest)).all() == []
+
+
+def test_stored_completions_count_toward_the_limit_of_their_tenant(consenting):
+    with consenting.reading() as session:
+        assert tenants.count_stored_bytes(session, "acme") == 0
+    add(consenting, completion(1), completion(2), completion(1, "globex"))
+    size = sum(len(each.model_dump_json()) for each in (completion(1), completion(2)))
+    with consenting.writing() as session:
+        assert tenants.count_stored_bytes(session, "acme") == size
+        tenants.set_limits(session, "acme", Limits(stored_bytes=size + 10))
+        tenants.check_storage_quota(session, "acme", 10)
+        with pytest.raises(QuotaExceeded, match=f"stores {size} bytes and may store {size + 10}"):
+            tenants.check_storage_quota(session, "acme", 11)
+        completions.delete(session, completion(1).id, "acme", CHAT)
+        tenants.check_storage_quota(session, "acme", 11)
 
 
 def test_completions_expire_after_the_days_of_their_tenant(consenting):

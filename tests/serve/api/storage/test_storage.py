@@ -139,6 +139,25 @@ def test_without_consent_storing_is_refused_with_what_to_set(
     assert refused.value.param == "user"
 
 
+def test_store_is_refused_once_the_tenant_stores_as_many_bytes_as_it_may(
+    site: Any, client: OpenAI, tenant: str, consent: None
+) -> None:
+    def limit(stored: int | None) -> None:
+        with site.http(site.admin_key) as admin:
+            assert admin.post(f"/v1/tenants/{tenant}/limits", json={"stored_bytes": stored}).status_code == 200
+
+    made = client.chat.completions.create(model="tiny", messages=MESSAGES, store=True)
+    client.chat.completions.retrieve(made.id)  # written by now
+    limit(10)
+    try:
+        with pytest.raises(openai.RateLimitError, match="may store 10: delete files or completions") as refused:
+            client.with_options(max_retries=0).chat.completions.create(model="tiny", messages=MESSAGES, store=True)
+        assert refused.value.param == "store"
+        assert client.chat.completions.create(model="tiny", messages=MESSAGES).choices, "without store it is answered"
+    finally:
+        limit(None)
+
+
 def test_without_store_nothing_is_stored(client: OpenAI, http: httpx.Client, consent: None) -> None:
     client.chat.completions.create(model="tiny", messages=MESSAGES, store=False)
     client.chat.completions.create(model="tiny", messages=MESSAGES)
