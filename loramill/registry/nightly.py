@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -141,6 +141,12 @@ def collect(session: Session, run: str, name: AdapterName | str) -> NewData | No
     statement = select(AdapterDataRow).where(of_adapter, AdapterDataRow.run == run).order_by(AdapterDataRow.id)
     rows = session.scalars(statement).all()
     return _bundle(list(rows)) if rows else None
+
+
+def release_files(session: Session, run: str, name: AdapterName | str, files: Collection[str]) -> None:
+    """Releases some files of an adapter's data from a run, so that the next run collects them again."""
+    of_run = (AdapterDataRow.adapter == str(name), AdapterDataRow.run == run, AdapterDataRow.train.in_(files))
+    session.execute(update(AdapterDataRow).where(*of_run).values(run=None))
 
 
 def release(session: Session, run: str, name: AdapterName | str) -> None:

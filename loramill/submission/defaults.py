@@ -86,14 +86,7 @@ def resolve_spec(
         InvalidRequest: a value is out of its range or differs from the version's; `param` names it.
     """
     options = request.options
-    check_objective(options)
-    _check_quantization(options, base.quantization)
-    if (options.max_length or 0) > base.context_length:
-        raise InvalidRequest(
-            f"'loramill.max_length' is {options.max_length}, and the base reads at most {base.context_length} tokens; "
-            "lower it.",
-            param="loramill.max_length",
-        )
+    check_options(options, base)
     chosen: dict[str, Any] = {
         "base": base.fingerprint,
         "adapter": str(request.adapter),
@@ -106,15 +99,44 @@ def resolve_spec(
     if base.architecture in EXPERT_ARCHITECTURES:
         chosen["targets"] = ATTENTION_TARGETS
     if continued is None:
-        chosen |= _alpha_defaults(options)
+        chosen |= alpha_defaults(options)
     else:
         chosen |= _adapter_fields(continued, options)
         _check_same_rank_and_scale(options, chosen)
-    chosen |= _method_defaults(options) | _schedule_defaults(request, examples)
-    requested = options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
-    _check_init_rank(requested, chosen.get("method", "lora"))
+    chosen |= method_defaults(options) | _schedule_defaults(request, examples)
+    return validated_spec(chosen, requested_fields(options))
+
+
+def check_options(options: LoramillOptions, base: Base) -> None:
+    """Checks what does not depend on the data.
+
+    Raises:
+        InvalidRequest: an option has no meaning for the objective, or does not fit the base.
+    """
+    check_objective(options)
+    _check_quantization(options, base.quantization)
+    if (options.max_length or 0) > base.context_length:
+        raise InvalidRequest(
+            f"'loramill.max_length' is {options.max_length}, and the base reads at most {base.context_length} tokens; "
+            "lower it.",
+            param="loramill.max_length",
+        )
+
+
+def requested_fields(options: LoramillOptions) -> dict[str, Any]:
+    """The fields of a spec that options set."""
+    return options.model_dump(exclude_none=True, exclude=_NOT_IN_SPEC) | _in_spec_form(options)
+
+
+def validated_spec(chosen: Mapping[str, Any], requested: Mapping[str, Any]) -> JobSpec:
+    """The spec with these fields; those that were requested win.
+
+    Raises:
+        InvalidRequest: a value is out of its range; `param` names it.
+    """
+    _check_init_rank(requested, requested.get("method", chosen.get("method", "lora")))
     try:
-        return JobSpec.model_validate(chosen | requested)
+        return JobSpec.model_validate({**chosen, **requested})
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
@@ -185,7 +207,7 @@ def _check_same_rank_and_scale(options: LoramillOptions, adapter: Mapping[str, A
     """
     if (options.method or adapter["method"]) in ("adalora", "full"):
         return
-    given = _method_defaults(options) | options.model_dump(exclude_none=True, include={"rank", "alpha", "rslora"})
+    given = method_defaults(options) | options.model_dump(exclude_none=True, include={"rank", "alpha", "rslora"})
     for name in ("rank", "alpha", "rslora"):
         value = given.get(name)
         if value not in (None, adapter[name]):
@@ -206,7 +228,8 @@ def _check_init_rank(requested: Mapping[str, Any], method: str) -> None:
         )
 
 
-def _method_defaults(options: LoramillOptions) -> dict[str, Any]:
+def method_defaults(options: LoramillOptions) -> dict[str, Any]:
+    """What the method of a request implies; nothing without one."""
     if options.method is None:
         return {}
     return {"method": options.method, **METHOD_DEFAULTS.get(options.method, {})}
@@ -216,7 +239,7 @@ def _schedule_defaults(request: JobRequest, examples: int) -> dict[str, Any]:
     """Batch size, steps, learning rate and checkpoints, from the hyperparameters and the number of examples."""
     hyperparameters, options = request.hyperparameters, request.options
     batch_size = _or_default(hyperparameters.batch_size, _default_batch_size(examples))
-    epochs = _or_default(hyperparameters.n_epochs, _default_epochs(examples, batch_size))
+    epochs = _or_default(hyperparameters.n_epochs, default_epochs(examples, batch_size))
     steps = count_steps(epochs, examples, batch_size)
     multiplier = _or_default(hyperparameters.learning_rate_multiplier, 1.0)
     beta = hyperparameters.beta if isinstance(hyperparameters, DpoHyperparameters) else "auto"
@@ -239,13 +262,13 @@ def _default_batch_size(examples: int) -> int:
     return min(max(1, min(BATCH_SIZE, examples // 4), examples // 500), MAX_BATCH_SIZE)
 
 
-def _default_epochs(examples: int, batch_size: int) -> int:
+def default_epochs(examples: int, batch_size: int) -> int:
     """As many as make MIN_STEPS to MAX_STEPS steps, but at least one."""
     steps = count_steps(1, examples, batch_size)
     return min(max(EPOCHS, -(-MIN_STEPS // steps)), max(1, MAX_STEPS // steps))
 
 
-def _alpha_defaults(options: LoramillOptions) -> dict[str, Any]:
+def alpha_defaults(options: LoramillOptions) -> dict[str, Any]:
     """Alphas for the ranks in the request, where it has no alpha."""
     if options.alpha is not None:
         return {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loramill.errors import NotFound
 from loramill.pipelines.nightly.budget import BudgetDecision, Spending, busy_seconds, decide_training
 from loramill.pipelines.nightly.context import NightlyContext
+from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.registry import jobs, nightly
 from loramill.types import JobRecord, JobStatus
 
@@ -17,15 +18,15 @@ def spending(context: NightlyContext) -> Spending:
     if not context.definition.budget.limited:
         return Spending(0.0, 0.0, 0.0)
     now = time.time()
-    steps = [step for step in context.steps("train") if "job" in step.result and "waiting" not in step.result]
+    steps = [step.result for step in context.steps("train") if "waiting" not in step.result]
     intervals, tokens = [], 0.0
-    for step in steps:
-        job = _find_job(context, step.result["job"])
+    for job_id, planned in (each for result in steps for each in planned_tokens(result).items()):
+        job = _find_job(context, job_id)
         if job is None or job.started_at is None:
-            tokens += step.result.get("tokens", 0.0)
+            tokens += planned
             continue
         intervals.append((job.started_at, job.finished_at or now))
-        tokens += job.trained_tokens if job.status.final else step.result.get("tokens", 0.0)
+        tokens += job.trained_tokens if job.status.final else planned
     settings = context.settings.jobs
     share = settings.gpu_share if settings.on_gpu else 1.0
     return Spending(
@@ -35,18 +36,29 @@ def spending(context: NightlyContext) -> Spending:
     )
 
 
-def stop_queued(context: NightlyContext, found: Mapping[str, JobRecord]) -> list[str]:
-    """Cancels the jobs that have not begun, if the budget is spent; returns their adapters, whose data waits."""
-    queued = [adapter for adapter, job in found.items() if job.status is JobStatus.QUEUED and job.started_at is None]
-    if not queued or not context.definition.budget.limited:
+def stop_queued(context: NightlyContext, found: Mapping[str, Sequence[JobRecord]]) -> list[str]:
+    """Cancels the jobs that have not begun, if the budget is spent.
+
+    Returns:
+        The adapters all of whose jobs it cancelled; their data waits.
+    """
+    queued = {adapter: [job for job in each if _not_begun(job)] for adapter, each in found.items()}
+    if not any(queued.values()) or not context.definition.budget.limited:
         return []
     decision = decide_training(context.definition.budget, spending(context))
     if decision.start:
         return []
-    cancelled = [adapter for adapter in queued if _cancel(context, found[adapter])]
-    for adapter in cancelled:
-        postpone(context, adapter, decision)
-    return cancelled
+    stopped = []
+    for adapter, open_jobs in queued.items():
+        cancelled = [job for job in open_jobs if _cancel(context, job)]
+        if cancelled and len(cancelled) == len(found[adapter]):
+            postpone(context, adapter, decision)
+            stopped.append(adapter)
+    return stopped
+
+
+def _not_begun(job: JobRecord) -> bool:
+    return job.status is JobStatus.QUEUED and job.started_at is None
 
 
 def _cancel(context: NightlyContext, job: JobRecord) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sqlalchemy import delete as delete_from
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from loramill.errors import Conflict
 from loramill.registry import datasets
@@ -24,12 +24,21 @@ def withdraw(session: Session, tenant: str, feedback: Iterable[FeedbackRow]) -> 
     rows = list(feedback)
     examples = sorted({row.example_file for row in rows if row.example_file is not None})
     pairs = sorted({row.pair_file for row in rows if row.pair_file is not None})
-    kept = [file for file in examples if not _withdraw_examples(session, tenant, file)]
-    kept += [file for file in pairs if not _withdraw_pairs(session, tenant, file)]
+    example_marks = (FeedbackRow.example_file, {"example_used_at": None, "example_file": None})
+    pair_marks = (FeedbackRow.pair_file, {"pair_used_at": None, "pair_file": None})
+    kept = [file for file in examples if not _withdraw_file(session, tenant, file, *example_marks)]
+    kept += [file for file in pairs if not _withdraw_file(session, tenant, file, *pair_marks)]
     return tuple(dict.fromkeys(kept))
 
 
-def _withdraw_examples(session: Session, tenant: str, file: str) -> bool:
+def _withdraw_file(
+    session: Session,
+    tenant: str,
+    file: str,
+    column: InstrumentedAttribute[str | None],
+    unused: Mapping[str, None],
+) -> bool:
+    """Removes a file from its adapter's new data, and deletes it; the feedback that it is made of is unused again."""
     of_file = AdapterDataRow.train == file
     # Locked, so that no nightly run collects the file in the meantime.
     data = session.scalars(select(AdapterDataRow).where(of_file).with_for_update()).all()
@@ -38,16 +47,7 @@ def _withdraw_examples(session: Session, tenant: str, file: str) -> bool:
     session.execute(delete_from(AdapterDataRow).where(of_file), execution_options={"synchronize_session": False})
     if not _delete_file(session, tenant, file):
         return False
-    unused = {"example_used_at": None, "example_file": None}
-    session.execute(update(FeedbackRow).where(FeedbackRow.example_file == file).values(**unused))
-    return True
-
-
-def _withdraw_pairs(session: Session, tenant: str, file: str) -> bool:
-    if not _delete_file(session, tenant, file):
-        return False
-    unused = {"pair_used_at": None, "pair_file": None}
-    session.execute(update(FeedbackRow).where(FeedbackRow.pair_file == file).values(**unused))
+    session.execute(update(FeedbackRow).where(column == file).values(**unused))
     return True
 
 

@@ -26,7 +26,13 @@ def _collect_adapter(context: NightlyContext, adapter: str) -> None:
     name = AdapterName.parse(adapter)
     definition = context.definition.for_adapter(adapter)
     minimum = context.settings.jobs.min_examples
-    rules = CollectionRules(minimum, definition.replay.plain_examples, definition.split)
+    rules = CollectionRules(
+        minimum,
+        definition.replay.plain_examples,
+        definition.split,
+        definition.train,
+        definition.feedback.min_pairs,
+    )
     with context.registry.writing() as session:
         if new_data := nightly.collect(session, context.run.id, name):
             artifacts, run = context.registry.artifacts, context.run.id

@@ -10,6 +10,7 @@ class CollectedCounts(FrozenModel):
 
     Attributes:
         train: new examples that are trained on.
+        pairs: preference pairs that are trained on.
         held_out: new examples that are held out.
         repeated: equal to another row, or to one that was used before.
         leaked: left out, because they equal or resemble held-out examples.
@@ -18,6 +19,7 @@ class CollectedCounts(FrozenModel):
     """
 
     train: int = 0
+    pairs: int = 0
     held_out: int = 0
     repeated: int = 0
     leaked: int = 0

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from loramill.data.examples import read_examples, read_row, row_format
+from loramill.data.examples import read_row, row_format
 from loramill.data.new_data import REPLAY_EXAMPLES, outlook, required_examples, sample
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
-from loramill.pipelines.nightly.collection.next_job import first_spec, next_spec
+from loramill.pipelines.nightly.collection.freeze import Freezer, collected_result, new_files
+from loramill.pipelines.nightly.collection.next_job import first_spec, fresh_spec, next_spec
 from loramill.pipelines.nightly.collection.past import Past, find_past, known_content, old_rows, read_rows, record_past
-from loramill.pipelines.nightly.collection.policy import Fate, assign, near_held_out
+from loramill.pipelines.nightly.collection.policy import Fate, near_held_out
+from loramill.pipelines.nightly.collection.preferences import PreferenceFiles, preference_spec
 from loramill.pipelines.nightly.collection.relation import Known
-from loramill.pipelines.nightly.collection.rows import (
-    CheckedRows,
-    NewFile,
-    check_rows,
-    check_share,
-    list_reasons,
-    of_one_format,
-    quarantine_file,
-)
-from loramill.pipelines.nightly.definition import SplitDefinition
+from loramill.pipelines.nightly.collection.rows import check_rows, check_share, of_one_format, with_enough_pairs
+from loramill.pipelines.nightly.collection.sorting import DecidedRow, SortedRows, sort_rows
+from loramill.pipelines.nightly.definition import SplitDefinition, TrainDefinition
 from loramill.plural import counted
-from loramill.registry import ArtifactStore, content, datasets
+from loramill.registry import ArtifactStore, content
 from loramill.types import ContentSide, DatasetRecord, JobSpec, NewData
 
 
@@ -42,11 +35,15 @@ class CollectionRules:
         minimum: the fewest examples to train on, old and new together.
         replay: number of old examples that are trained again with the new ones.
         split: how new examples are checked and split.
+        train: where training starts, and the options of its jobs.
+        min_pairs: the fewest preference pairs to train on.
     """
 
     minimum: int = 1
     replay: int = REPLAY_EXAMPLES
     split: SplitDefinition = field(default_factory=SplitDefinition)
+    train: TrainDefinition = field(default_factory=TrainDefinition)
+    min_pairs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +59,6 @@ class NothingNew:
 
     reason: str
     result: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """A valid row with its fate."""
-
-    raw: bytes
-    validation: bool
-    fingerprint: Fingerprint
-    fate: Fate
-
-
-@dataclass(frozen=True, slots=True)
-class _Freezer:
-    """Stores the datasets of one adapter in one run."""
-
-    session: Session
-    artifacts: ArtifactStore
-    name: AdapterName
-
-    def freeze(self, kind: str, rows: Sequence[bytes]) -> DatasetRecord:
-        filename = f"{self.name.adapter}-{kind}.jsonl"
-        return freeze_rows(self.session, self.artifacts, self.name.tenant, filename, rows)
 
 
 def plan_training(
@@ -103,112 +77,128 @@ def plan_training(
     tenant has deleted is left out. What is trained on and held out is recorded for all later runs.
 
     Returns:
-        `{spec, champion, previous, slices: {name: dataset}, replay: {plain}, counts, quarantine: {file, reasons}}`.
+        `{spec, fresh, preferences, champion, previous, slices: {name: dataset}, replay: {plain}, counts,
+        quarantine: {file, reasons}}`. `fresh` is the spec of a second job, from new weights, and `preferences` are
+        pairs to train on after the examples, if there are such.
 
     Raises:
         BaseUnusable: the champion belongs to another base.
         NotFound: the adapter or a file was deleted.
         DatasetInvalid: too many rows are bad.
+        InvalidRequest: the options of the jobs do not fit the base, or the champion.
     """
     rules = rules or CollectionRules()
     past = find_past(session, name, base)
     record_past(session, artifacts, name, past)
     known = known_content(session, name)
     old = old_rows(session, artifacts, name, past)
-    checked = of_one_format(check_rows(_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
+    checked = of_one_format(check_rows(new_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
+    checked = with_enough_pairs(checked, rules.min_pairs)
     check_share(checked, rules.split.max_bad_rows)
-    decided = _decide(checked, known, rules.split)
-    counts = _count(decided, checked)
-    train, held = ([each for each in decided if each.fate is fate] for fate in (Fate.TRAIN, Fate.HELD_OUT))
-    freezer = _Freezer(session, artifacts, name)
-    if not train:
-        return NothingNew(f"nothing new: {counts.describe()}.", _collected(freezer, checked, counts))
+    rows = sort_rows(checked, known, rules.split, rules.minimum)
+    work = _Work(Freezer(session, artifacts, name), past, base, run, rules, rows)
+    if not rows.train and not rows.pairs:
+        result = collected_result(work.freezer, checked, rows.counts)
+        return NothingNew(f"nothing new: {rows.counts.describe()}.", result)
+    planned = _plan_examples(work, old, known) if rows.train else _plan_preferences(work, new_data)
+    if isinstance(planned, InsufficientData):
+        return planned
+    if rows.train and rows.pairs:
+        planned["preferences"] = _freeze_pairs(work, new_data).model_dump(mode="json")
+    versions = {"champion": past.champion, "previous": past.previous}
+    return planned | versions | collected_result(work.freezer, checked, rows.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a plan is made of."""
+
+    freezer: Freezer
+    past: Past
+    base: Base
+    run: str
+    rules: CollectionRules
+    rows: SortedRows
+
+    def record(self, side: ContentSide, dataset: str, rows: Sequence[DecidedRow]) -> None:
+        """Records the content of rows for later runs."""
+        found = {each.fingerprint.digest: each.fingerprint.sketch.tobytes() for each in rows}
+        content.record(
+            self.freezer.session, self.freezer.name, side, list(found.items()), dataset=dataset, run=self.run
+        )
+
+
+def _plan_examples(work: _Work, old: Sequence[bytes], known: Known) -> dict[str, Any] | InsufficientData:
+    """The jobs on new examples, with the old ones that are replayed."""
+    past, rules, freezer = work.past, work.rules, work.freezer
     old_held = [each for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.HELD_OUT]
-    replay = _replay(old, [*old_held, *(each.fingerprint for each in held)], rules, past.champion or "")
-    if (reason := _too_few(decided, replay, rules.minimum, evaluated=past.valid is not None)) is not None:
+    kept_out = [*old_held, *(each.fingerprint for each in work.rows.held)]
+    starts = _starts(rules.train, past)
+    # New weights have to learn everything that the champion was trained on.
+    replay = _replay(old, kept_out, rules, past.champion or "", None if starts[0] == "fresh" else rules.replay)
+    if (reason := _too_few(work.rows.decided, replay, rules.minimum, evaluated=past.valid is not None)) is not None:
         return InsufficientData(reason)
 
-    rows, held_rows = [each.raw for each in train], [each.raw for each in held]
+    rows, held_rows = [each.raw for each in work.rows.train], [each.raw for each in work.rows.held]
     frozen = freezer.freeze("train", [*rows, *replay])
-    before = read_rows(session, artifacts, past.valid) if past.valid else []
+    before = read_rows(freezer.session, freezer.artifacts, past.valid) if past.valid else []
     valid = freezer.freeze("valid", [*before, *held_rows])
-    slices = {"new": freezer.freeze("new", held_rows).id} if held else {}
+    slices = {"new": freezer.freeze("new", held_rows).id} if held_rows else {}
     slices |= {"before": past.valid} if past.valid else {}
     if past.valid:
-        content.move(session, name, past.valid, valid.id)
-    for side, dataset, examples in ((ContentSide.TRAIN, frozen, train), (ContentSide.HELD_OUT, valid, held)):
-        found = [(each.fingerprint.digest, each.fingerprint.sketch.tobytes()) for each in examples]
-        content.record(session, name, side, found, dataset=dataset.id, run=run)
-    spec = _spec(name, past, frozen, valid, base)
-    versions = {"champion": past.champion, "previous": past.previous}
-    planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}} | versions
-    return planned | _collected(freezer, checked, counts)
+        content.move(freezer.session, freezer.name, past.valid, valid.id)
+    work.record(ContentSide.TRAIN, frozen.id, work.rows.train)
+    work.record(ContentSide.HELD_OUT, valid.id, work.rows.held)
+    spec = _spec(work, frozen, valid, starts[0])
+    planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}}
+    if "fresh" in starts[1:]:
+        everything = freezer.freeze("train-fresh", [*rows, *_replay(old, kept_out, rules, "", None)])
+        planned["fresh"] = _spec(work, everything, valid, "fresh").model_dump(mode="json")
+    return planned
 
 
-def freeze_rows(
-    session: Session, artifacts: ArtifactStore, tenant: str, filename: str, rows: Sequence[bytes]
-) -> DatasetRecord:
-    """Validates rows and stores them as a dataset."""
-    raw = b"\n".join(rows) + b"\n"
-    examples = read_examples(raw, filename)
-    return store_file(session, artifacts, tenant, filename, raw, len(examples.examples))
+def _plan_preferences(work: _Work, new_data: NewData) -> dict[str, Any] | InsufficientData:
+    """The job on preference pairs alone."""
+    past, freezer = work.past, work.freezer
+    if past.champion is None:
+        pairs = counted(len(work.rows.pairs), "preference pair")
+        return InsufficientData(f"{pairs}, which wait for the adapter's first champion: add examples.")
+    held_rows = [each.raw for each in work.rows.held]
+    slices = {"new": freezer.freeze("new", held_rows).id} if held_rows else {}
+    slices |= {"before": past.valid} if past.valid else {}
+    files = _freeze_pairs(work, new_data)
+    work.record(ContentSide.HELD_OUT, slices.get("new", ""), work.rows.held)
+    spec = preference_spec(freezer.name, files, work.base, past.champion, past.job)
+    return {"spec": spec.model_dump(mode="json"), "slices": slices}
 
 
-def store_file(
-    session: Session, artifacts: ArtifactStore, tenant: str, filename: str, raw: bytes, rows: int
-) -> DatasetRecord:
-    """Stores a file of a tenant."""
-    return datasets.create(session, tenant, filename, artifacts.put({"data.jsonl": raw}), len(raw), rows)
+def _freeze_pairs(work: _Work, new_data: NewData) -> PreferenceFiles:
+    """Stores the pairs to train on, and those that are held out to validate with."""
+    pairs, freezer = work.rows.pairs, work.freezer
+    train = freezer.freeze("pairs", [each.pair for each in pairs if each.pair is not None])
+    held = [each.pair for each in work.rows.held if each.pair is not None]
+    valid = freezer.freeze("pairs-valid", held).id if held else None
+    work.record(ContentSide.TRAIN, train.id, [each for each in pairs if each.fate is Fate.TRAIN])
+    return PreferenceFiles(train=train.id, valid=valid, pairs=len(pairs), sources=new_data.train)
 
 
-def _files(session: Session, artifacts: ArtifactStore, new_data: NewData) -> list[NewFile]:
-    files = []
-    for ids, validation in ((new_data.train, False), (new_data.valid, True)):
-        for found in (datasets.get(session, each) for each in ids):
-            files.append(NewFile(found.filename, artifacts.read(found.artifact, "data.jsonl"), validation))
-    return files
-
-
-def _decide(checked: CheckedRows, known: Known, rules: SplitDefinition) -> list[_Decided]:
-    """The fates of all valid rows, in an order that depends on their content alone."""
-    found = fingerprints([row.example for row in checked.valid])
-    pairs = sorted(zip(checked.valid, found, strict=True), key=lambda pair: (pair[1].digest, pair[0].raw))
-    train, valid = ([pair for pair in pairs if pair[0].validation is part] for part in (False, True))
-    fates = assign([each for _, each in train], [each for _, each in valid], known, rules)
-    return [
-        _Decided(row.raw, row.validation, fingerprint, fate)
-        for part, part_fates in zip((train, valid), fates, strict=True)
-        for (row, fingerprint), fate in zip(part, part_fates, strict=True)
-    ]
-
-
-def _count(decided: Sequence[_Decided], checked: CheckedRows) -> CollectedCounts:
-    fates = Counter(each.fate for each in decided)
-    return CollectedCounts(
-        train=fates[Fate.TRAIN],
-        held_out=fates[Fate.HELD_OUT],
-        repeated=fates[Fate.REPEATED],
-        leaked=fates[Fate.LEAKED],
-        trained=fates[Fate.TRAINED],
-        quarantined=len(checked.bad),
-    )
-
-
-def _replay(old: Sequence[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules, seed: str) -> list[bytes]:
-    """A sample of old examples, without any that equals or resembles a held-out one."""
-    chosen = sample(old, rules.replay, seed)
+def _replay(
+    old: Sequence[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules, seed: str, count: int | None
+) -> list[bytes]:
+    """A sample of old examples, or all of them (None), without any that equals or resembles a held-out one."""
+    chosen = old if count is None else sample(old, count, seed)
     found = fingerprints([read_row(row, line) for line, row in enumerate(chosen, 1)])
     leaked = near_held_out(found, held_out, rules.split.near_duplicate)
     return [row for row, out in zip(chosen, leaked, strict=True) if not out]
 
 
-def _too_few(decided: Sequence[_Decided], replay: Sequence[bytes], minimum: int, *, evaluated: bool) -> str | None:
+def _too_few(decided: Sequence[DecidedRow], replay: Sequence[bytes], minimum: int, *, evaluated: bool) -> str | None:
     """Why there is too little new data; None if there is enough.
 
     Args:
         evaluated: whether the champion has a validation set to evaluate on.
     """
-    new = [each for each in decided if each.fate in (Fate.TRAIN, Fate.HELD_OUT)]
+    new = [each for each in decided if each.fate in (Fate.TRAIN, Fate.HELD_OUT) and each.pair is None]
     validation = sum(each.validation for each in new)
     examples = len(new) - validation
     if examples < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum):
@@ -218,17 +208,17 @@ def _too_few(decided: Sequence[_Decided], replay: Sequence[bytes], minimum: int,
     return None
 
 
-def _spec(name: AdapterName, past: Past, train: DatasetRecord, valid: DatasetRecord, base: Base) -> JobSpec:
-    if past.job is not None and past.champion is not None:
-        return next_spec(past.job, past.champion, train, valid)
-    return first_spec(name, train, valid, base)
+def _starts(train: TrainDefinition, past: Past) -> tuple[str, ...]:
+    """Where training starts: "champion", "fresh" (new weights), or both in this order."""
+    if past.job is None:  # there is no champion, or nothing is known about how it was trained
+        return ("fresh",)
+    return ("champion", "fresh") if train.start == "both" else (train.start,)
 
 
-def _collected(freezer: _Freezer, checked: CheckedRows, counts: CollectedCounts) -> dict[str, Any]:
-    """The counts for the run's record, with the file of quarantined rows, which is stored here."""
-    collected: dict[str, Any] = {"counts": counts.model_dump(mode="json")}
-    if not checked.bad:
-        return collected
-    raw, filename = quarantine_file(checked.bad), f"{freezer.name.adapter}-quarantine.jsonl"
-    file = store_file(freezer.session, freezer.artifacts, freezer.name.tenant, filename, raw, len(checked.bad))
-    return collected | {"quarantine": {"file": file.id, "reasons": list_reasons(checked.bad)}}
+def _spec(work: _Work, train: DatasetRecord, valid: DatasetRecord, start: str) -> JobSpec:
+    past, options = work.past, work.rules.train.options
+    if past.job is None or past.champion is None:
+        return first_spec(work.freezer.name, train, valid, work.base, options)
+    if start == "fresh":
+        return fresh_spec(past.job, train, valid, work.base, options)
+    return next_spec(past.job, past.champion, train, valid, work.base, options)

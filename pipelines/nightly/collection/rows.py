@@ -15,6 +15,7 @@ from loramill.data.filetype import describe_kind, detect_kind
 from loramill.data.preferences import DataKind
 from loramill.data.problems import unit_of
 from loramill.errors import DatasetInvalid
+from loramill.pipelines.nightly.collection.preferences import better_row
 from loramill.plural import counted
 from loramill.types import FrozenModel
 
@@ -28,13 +29,20 @@ RowFormat = tuple[DataKind, bool]
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A valid row of a file; `validation`: the file is a validation file."""
+    """A valid row of a file.
+
+    Attributes:
+        raw: the row; of a preference pair, the prompt with the better answer.
+        validation: the file is a validation file.
+        pair: the preference pair that the row is of; None: it is an example.
+    """
 
     file: str
     line: int
     raw: bytes
     example: Example
     validation: bool = False
+    pair: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +99,13 @@ def check_rows(files: Iterable[NewFile]) -> CheckedRows:
                 continue
             if example.kind == "supervised":
                 valid.append(NewRow(file.name, line, row, example, file.validation))
+            elif (better := better_row(row)) is not None:
+                valid.append(NewRow(file.name, line, better, read_row(better, line), file.validation, row))
             else:
-                reason = "it is a preference, and nightly runs train on answers only; submit a job with it."
+                reason = (
+                    "it is a preference in a form that nightly runs do not train on; write input, preferred_output and "
+                    "non_preferred_output, or prompt, chosen and rejected as texts."
+                )
                 bad.append(_quarantine(file.name, line, row, reason))
     return CheckedRows(tuple(valid), tuple(bad))
 
@@ -119,6 +132,16 @@ def of_one_format(checked: CheckedRows, trained: RowFormat | None) -> CheckedRow
         _quarantine(row.file, row.line, row.raw, reason) for row in checked.valid if row.example.format != expected
     ]
     return CheckedRows(kept, (*checked.bad, *others))
+
+
+def with_enough_pairs(checked: CheckedRows, minimum: int) -> CheckedRows:
+    """Quarantines preference pairs if there are fewer than `minimum`."""
+    pairs = [row for row in checked.valid if row.pair is not None]
+    if not pairs or len(pairs) >= minimum:
+        return checked
+    reason = f"it is one of {counted(len(pairs), 'preference pair')}, and feedback.min_pairs is {minimum}; add others."
+    few = [_quarantine(row.file, row.line, row.pair or row.raw, reason) for row in pairs]
+    return CheckedRows(tuple(row for row in checked.valid if row.pair is None), (*checked.bad, *few))
 
 
 def check_share(checked: CheckedRows, maximum: float) -> None:

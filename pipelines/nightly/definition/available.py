@@ -8,9 +8,7 @@ from loramill.pipelines.nightly.definition.schema import AdapterDefinition, Nigh
 
 #: By section; None stands for all keys.
 UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
-    "feedback": None,
     "split": ("by",),
-    "train": ("start", "options"),
     "evaluate": ("scorer", "judge", "slices_by", "golden"),
     "gate": ("approval", "min_golden"),
     "canary": None,

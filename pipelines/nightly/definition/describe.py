@@ -6,7 +6,13 @@ from datetime import timedelta
 
 from loramill.durations import format_duration
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
-from loramill.pipelines.nightly.definition.training import BudgetDefinition, ReplayDefinition, ScheduleDefinition
+from loramill.pipelines.nightly.definition.training import (
+    BudgetDefinition,
+    FeedbackDefinition,
+    ReplayDefinition,
+    ScheduleDefinition,
+    TrainDefinition,
+)
 from loramill.plural import counted, listed
 
 #: Adapters that are named in one line.
@@ -30,7 +36,8 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
             "new data",
             f"{split.held_out:.0%} is held out; up to {split.max_bad_rows:.0%} bad rows are left out",
         ),
-        ("training", f"from the champion, at priority {definition.train.priority}"),
+        ("feedback", _feedback(definition.feedback)),
+        ("training", _training(definition.train)),
         ("replay", _replay(definition.replay)),
         ("metrics", ", ".join(definition.evaluate.computed_metrics)),
         (
@@ -56,6 +63,24 @@ def _adapters(definition: NightlyDefinition, adapters: list[str]) -> str:
     included = [each for each in adapters if definition.includes(each)]
     names = ", ".join(included[:_SHOWN_ADAPTERS]) + (", …" if len(included) > _SHOWN_ADAPTERS else "")
     return f"{len(included)} of {counted(len(adapters), 'adapter')}" + (f": {names}" if names else "")
+
+
+def _feedback(feedback: FeedbackDefinition) -> str:
+    parts = ["corrected answers become examples"] if feedback.corrections else []
+    if feedback.ratings:
+        parts.append(f"ratings and corrections become preferences, from {counted(feedback.min_pairs, 'pair')} on")
+    return listed(parts) if parts else "not used"
+
+
+def _training(train: TrainDefinition) -> str:
+    start = {
+        "champion": "from the champion",
+        "fresh": "from new weights on old and new data",
+        "both": "from the champion and from new weights; the one with the lower validation loss challenges",
+    }[train.start]
+    options = train.options.model_dump(mode="json", exclude_unset=True)
+    shown = f", with {listed([f'{name} {value}' for name, value in options.items()])}" if options else ""
+    return f"{start}, at priority {train.priority}{shown}"
 
 
 def _replay(replay: ReplayDefinition) -> str:

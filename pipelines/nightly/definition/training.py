@@ -24,6 +24,7 @@ _OTHER_OPTIONS = {
     "start_from": "train.start sets where training starts",
     "priority": "train.priority sets the priority",
     "base": "nightly runs train on the setting `base`",
+    "objective": "new examples are trained as answers, and feedback sets what becomes preferences",
 }
 
 #: What is not set stays so when a definition is stored and read again.
@@ -104,7 +105,14 @@ class FeedbackDefinition(FrozenModel):
 
     corrections: bool = Field(default=True, description="Whether corrected answers become examples.")
     ratings: bool = Field(
-        default=True, description="Whether ratings become preferences: an answer rated good against one rated bad."
+        default=True,
+        description="Whether feedback becomes preferences: an answer rated good against one rated bad, and a "
+        "correction against the answer that it corrects.",
+    )
+    min_pairs: int = Field(
+        default=20,
+        ge=1,
+        description="Number of preferences of an adapter from which a run trains on them; fewer wait.",
     )
 
 

@@ -16,9 +16,9 @@ from loramill.errors import LoramillError
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.answers import answer_once
 from loramill.pipelines.nightly.collection.fingerprint import fingerprints
+from loramill.pipelines.nightly.collection.freeze import freeze_rows
 from loramill.pipelines.nightly.collection.next_job import with_training_file
 from loramill.pipelines.nightly.collection.past import find_past, known_content, old_rows, read_rows
-from loramill.pipelines.nightly.collection.plan import freeze_rows
 from loramill.pipelines.nightly.collection.policy import near_held_out
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
@@ -80,6 +80,7 @@ def _waiting(context: NightlyContext) -> dict[str, Mapping[str, Any]]:
         for adapter in context.remaining("train")
         if not {"job", "waiting"} & begun.get(adapter, {}).keys()
         and plans[adapter]["spec"]["start_from"]
+        and plans[adapter]["spec"]["objective"] == "sft"
         and "on_policy" not in plans[adapter].get("replay", {})
         and context.definition.for_adapter(adapter).replay.on_policy > 0
     }

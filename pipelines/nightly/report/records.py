@@ -17,6 +17,7 @@ from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
 from loramill.pipelines.nightly.report.recorded import results_by_stage
 from loramill.pipelines.nightly.report.summarize import RunRecords
+from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.registry import ArtifactStore, Registry, evaluations, jobs, nightly
 from loramill.registry.jobs import history
 from loramill.settings import JobSettings, Settings
@@ -109,7 +110,8 @@ def _run_scores(run: NightlyRun, results: Sequence[ExampleResult], metric: str, 
 def _jobs(session: Session, steps: Sequence[NightlyStep]) -> Mapping[str, JobRecord]:
     """The jobs that the steps name, without those that were deleted."""
     found = {}
-    for job in dict.fromkeys(step.result["job"] for step in steps if step.step == "train" and "job" in step.result):
+    named = (job for step in steps if step.step == "train" for job in planned_tokens(step.result))
+    for job in dict.fromkeys(named):
         try:
             found[job] = jobs.get(session, job)
         except NotFound:

@@ -136,7 +136,11 @@ class AdapterReport(FrozenModel):
     champion: str | None = Field(default=None, description="Version that answers after the run.")
     scores: tuple[ReportedScores, ...] = Field(default=(), description="Scores by slice.")
     gains: tuple[ReportedGain, ...] = Field(default=(), description="The gate's comparisons.")
-    training: ReportedTraining | None = Field(default=None, description="The job.")
+    choice: str | None = Field(
+        default=None,
+        description="Which of the versions that the run trained challenges, and why; null: it trained one.",
+    )
+    training: ReportedTraining | None = Field(default=None, description="The job of the version that challenges.")
     rows: dict[str, int] = Field(
         default_factory=dict, description="What became of the rows of the new data, by name: train, held_out, …"
     )

@@ -33,6 +33,7 @@ from loramill.pipelines.nightly.report.schema import (
     ReportLink,
     ReportTotals,
 )
+from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.types import JobRecord, NightlyRun, NightlyStep, SetAsideData
 
 #: Points of a curve: on a page of 420 units more would be on top of each other.
@@ -134,12 +135,18 @@ def _adapter(
         champion=now,
         scores=scores,
         gains=gains,
+        choice=trained.get("choice") or None,
         training=_training(job, records.metrics.get(job.id, ())) if job else None,
         rows=_rows(outcome),
         replay=collected.get("replay", {}),
         quarantine=_quarantine(outcome),
         history=slice_histories(records.scores.get(outcome.adapter, ())),
-        cost=_cost(records, job, evaluated, seconds),
+        cost=_cost(
+            records,
+            [records.jobs[each] for each in planned_tokens(trained) if each in records.jobs],
+            evaluated,
+            seconds,
+        ),
         links=tuple(_links(outcome, every, job)),
     )
 
@@ -191,13 +198,13 @@ def _thinned(points: list[LossPoint], most: int) -> list[LossPoint]:
 
 
 def _cost(
-    records: RunRecords, job: JobRecord | None, evaluated: Mapping[str, Any], seconds: Mapping[str, float]
+    records: RunRecords, jobs: Sequence[JobRecord], evaluated: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> ReportedCost:
     answers, tokens = number(evaluated.get("answers")), number(evaluated.get("tokens_answered"))
     return ReportedCost(
         device=records.device,
-        device_seconds=seconds.get(job.id, 0.0) if job else 0.0,
-        tokens_trained=job.trained_tokens if job else 0,
+        device_seconds=sum((seconds.get(job.id, 0.0) for job in jobs), 0.0),
+        tokens_trained=sum(job.trained_tokens for job in jobs),
         answers=None if answers is None else int(answers),
         tokens_answered=None if tokens is None else int(tokens),
     )

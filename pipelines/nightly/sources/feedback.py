@@ -17,6 +17,7 @@ from loramill.data.examples import row_format
 from loramill.data.jsonl import iter_rows
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
+from loramill.pipelines.nightly.definition import FeedbackDefinition
 from loramill.pipelines.nightly.sources.feedback_rows import (
     Form,
     PreparedRow,
@@ -29,8 +30,10 @@ from loramill.registry import ArtifactStore, Registry, datasets, nightly
 from loramill.registry.feedback import use
 from loramill.registry.feedback.use import UnusedFeedback
 from loramill.submission.dataset_checks import DATA_FILE
-from loramill.submission.request import JobRequest, LoramillOptions
 from loramill.types import FrozenModel
+
+#: What happens without a definition: all feedback is used.
+EVERYTHING = FeedbackDefinition(min_pairs=1)
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,9 @@ class CollectedFeedback(FrozenModel):
     Attributes:
         examples: number of examples that were added to the adapter's new data.
         examples_file: ID of their dataset; None: there are none.
-        pairs: number of preference pairs.
-        pairs_file: ID of their dataset, which `preference_request` trains on; None: there are none.
+        pairs: number of preference pairs that were added to the adapter's new data.
+        pairs_file: ID of their dataset; None: there are none.
+        open_pairs: number of pairs that wait for others.
         unusable: why each piece of feedback that can't be used can't.
         waiting: number of pieces that wait, since their form is not that of the adapter's other data.
     """
@@ -52,61 +56,63 @@ class CollectedFeedback(FrozenModel):
     examples_file: str | None = None
     pairs: int = 0
     pairs_file: str | None = None
+    open_pairs: int = 0
     unusable: tuple[str, ...] = ()
     waiting: int = 0
 
 
-def collect_feedback(registry: Registry, *, corrections: bool = True, ratings: bool = True) -> list[CollectedFeedback]:
-    """Makes datasets of the unused feedback of all adapters.
-
-    Args:
-        corrections: whether corrections become examples of the adapters' new data.
-        ratings: whether ratings and corrections become preference pairs.
-    """
+def collect_feedback(registry: Registry, rules: FeedbackDefinition = EVERYTHING) -> list[CollectedFeedback]:
+    """Makes datasets of the unused feedback of all adapters, as `collect_adapter` does of one."""
     with registry.reading() as session:
         names = use.adapters_with_unused(session)
-    return [collect_adapter(registry, name, corrections=corrections, ratings=ratings) for name in names]
+    return [collect_adapter(registry, name, rules) for name in names]
 
 
 def add_feedback(context: NightlyContext) -> None:
-    """Makes datasets of the unused feedback of the adapters that this run has not begun with.
+    """Makes datasets of the unused feedback of the run's adapters, as nightly.yaml says, if it has not begun with them.
 
     A failure is one of the adapter's collection, and affects no other adapter.
     """
     begun = {step.adapter for step in context.steps()}
     with context.registry.reading() as session:
-        names = [name for name in use.adapters_with_unused(session) if name not in begun]
+        unused = use.adapters_with_unused(session)
+    names = [name for name in unused if name not in begun and context.definition.includes(name)]
     for name in names:
-        context.attempt(name, "collect", partial(_collect, context.registry, name))
+        context.attempt(name, "collect", partial(_collect, context, name))
 
 
-def _collect(registry: Registry, adapter: str) -> None:
-    collected = collect_adapter(registry, adapter)
+def _collect(context: NightlyContext, adapter: str) -> None:
+    collected = collect_adapter(context.registry, adapter, context.definition.for_adapter(adapter).feedback)
     log.info(
-        "feedback on %s: %d examples and %d preference pairs; %d pieces can't be used, and %d wait",
+        "feedback on %s: %d examples and %d preference pairs, and %d pairs wait; %d pieces can't be used, and %d wait",
         adapter,
         collected.examples,
         collected.pairs,
+        collected.open_pairs,
         len(collected.unusable),
         collected.waiting,
     )
 
 
-def collect_adapter(
-    registry: Registry, adapter: str, *, corrections: bool = True, ratings: bool = True
-) -> CollectedFeedback:
-    """Makes datasets of an adapter's unused feedback, as `collect_feedback` does."""
+def collect_adapter(registry: Registry, adapter: str, rules: FeedbackDefinition = EVERYTHING) -> CollectedFeedback:
+    """Makes datasets of an adapter's unused feedback, which become its new data.
+
+    Pairs are used once there are `rules.min_pairs`.
+    """
     name = AdapterName.parse(adapter)
     with registry.writing() as session:
         unused = use.lock_unused(session, name)
         form = _form(session, registry.artifacts, name, unused)
         fitting = [each for each in unused if form_of(each) == form]
-        examples, bad_examples = examples_of(fitting) if corrections else ([], [])
-        pairs, bad_pairs = pairs_of(fitting) if ratings else ([], [])
+        examples, bad_examples = examples_of(fitting) if rules.corrections else ([], [])
+        pairs, bad_pairs = pairs_of(fitting) if rules.ratings else ([], [])
+        pairs, waiting_pairs = (pairs, []) if len(pairs) >= rules.min_pairs else ([], pairs)
         examples_file = _freeze(session, registry.artifacts, name, "corrections", examples)
         if examples_file is not None:
             nightly.add_data(session, name, examples_file, None)
         pairs_file = _freeze(session, registry.artifacts, name, "pairs", pairs)
+        if pairs_file is not None:
+            nightly.add_data(session, name, pairs_file, None)
         use.mark_examples(session, _ids(examples), examples_file)
         use.mark_examples(session, _ids(bad_examples), None)
         use.mark_pairs(session, _ids(pairs), pairs_file)
@@ -117,15 +123,10 @@ def collect_adapter(
         examples_file=examples_file,
         pairs=len(pairs),
         pairs_file=pairs_file,
+        open_pairs=len(waiting_pairs),
         unusable=tuple(dict.fromkeys(each.reason for each in (*bad_examples, *bad_pairs))),
         waiting=len(unused) - len(fitting),
     )
-
-
-def preference_request(adapter: str, pairs_file: str) -> JobRequest:
-    """Returns the request of a DPO job that continues the adapter's champion with pairs of its feedback."""
-    options = LoramillOptions(objective="dpo", start_from="champion")
-    return JobRequest(AdapterName.parse(adapter), pairs_file, options=options)
 
 
 def _form(session: Session, artifacts: ArtifactStore, name: AdapterName, unused: Sequence[UnusedFeedback]) -> Form:

@@ -12,13 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramill.data.new_data import REPLAY_EXAMPLES, sample
+from loramill.errors import InvalidRequest
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collection.next_job import next_spec
 from loramill.pipelines.nightly.collection.past import jsonl_rows
-from loramill.pipelines.nightly.collection.plan import plan_training
+from loramill.pipelines.nightly.collection.plan import CollectionRules, plan_training
+from loramill.pipelines.nightly.definition import TrainDefinition
 from loramill.registry import Registry, adapters, datasets, jobs, nightly, tenants
 from loramill.submission.defaults import LEARNING_RATE
+from loramill.submission.options import JobOptions
 from loramill.types import JobSpec, VersionRecord
 
 from ....databases import create_sqlite_database
@@ -82,14 +85,16 @@ def champion(registry: Registry, base: Base, **changes: Any) -> JobSpec:
     return spec
 
 
-def collected(registry: Registry, base: Base, train: list[bytes], valid: list[bytes] | None) -> dict:
+def collected(
+    registry: Registry, base: Base, train: list[bytes], valid: list[bytes] | None, rules: CollectionRules | None = None
+) -> dict:
     train_id, valid_id = dataset(registry, train), dataset(registry, valid) if valid else None
     with registry.writing() as session:
         nightly.add_data(session, NAME, train_id, valid_id)
         run = nightly.open_run(session)
         new_data = nightly.collect(session, run.id, NAME)
         assert new_data is not None
-        return plan_training(session, registry.artifacts, NAME, new_data, base, run.id)
+        return plan_training(session, registry.artifacts, NAME, new_data, base, run.id, rules)
 
 
 def test_a_champion_is_trained_further_with_a_replay_of_old_data(registry: Registry, base: Base) -> None:
@@ -121,7 +126,7 @@ def test_the_next_job_keeps_train_on_if_it_was_chosen(
     old = champion(registry, base).model_copy(update=changes)
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
-    new = next_spec(old, "v", train, valid)
+    new = next_spec(old, "v", train, valid, base)
     assert (new.train_on, new.rank, new.alpha) == (expected, 4, 32.0)
     assert new.candidates == ()  # the best candidate of a sweep is retrained, and no other
 
@@ -227,3 +232,71 @@ def test_rows_are_split_at_line_feeds_alone() -> None:
     """Carriage returns are white space in JSON, and concatenated files have byte order marks in the middle."""
     first, second = b'{"prompt": "a\xe2\x80\xa8b",\r"completion": "c"}', b'{"prompt": "d", "completion": "e"}'
     assert jsonl_rows(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]
+
+
+def test_the_learning_rate_is_halved_once_and_not_each_night(registry: Registry, base: Base) -> None:
+    old = champion(registry, base, learning_rate=2e-3)
+    with registry.reading() as session:
+        train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))
+    rates = []
+    for _ in range(5):
+        old = next_spec(old, "v", train, valid, base)
+        rates.append(old.learning_rate)
+    assert rates == [1e-3] * 5
+
+
+def planned(registry: Registry, base: Base, start: str, **options: Any) -> dict:
+    train = TrainDefinition(start=start, options=JobOptions(**options))
+    return collected(registry, base, NEW, None, CollectionRules(train=train))
+
+
+def test_new_weights_are_trained_on_all_old_and_new_data(registry: Registry, base: Base) -> None:
+    old = champion(registry, base, learning_rate=2e-3)
+    plan = planned(registry, base, "fresh")
+    spec = JobSpec.model_validate(plan["spec"])
+    held_out = rows_of(registry, plan["slices"]["new"])
+    assert spec.start_from is None and "fresh" not in plan and plan["champion"] is not None
+    assert (spec.rank, spec.learning_rate, spec.valid is None) == (old.rank, 2e-3, False)
+    assert set(rows_of(registry, spec.train)) == set(OLD) | set(NEW) - set(held_out)
+
+
+def test_both_starts_share_the_validation_file(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    plan = planned(registry, base, "both")
+    continued, fresh = (JobSpec.model_validate(plan[each]) for each in ("spec", "fresh"))
+    assert continued.start_from == plan["champion"] and fresh.start_from is None
+    assert continued.valid == fresh.valid and continued.train != fresh.train
+    assert set(rows_of(registry, fresh.train)) > set(rows_of(registry, continued.train)) & set(NEW)
+
+
+def test_a_first_version_has_one_start_and_the_options(registry: Registry, base: Base) -> None:
+    plan = planned(registry, base, "both", rank=16, epochs=2, batch_size=4, sweep={"learning_rate": [1e-4, 1e-3]})
+    spec = JobSpec.model_validate(plan["spec"])
+    assert "fresh" not in plan
+    assert (spec.rank, spec.alpha, spec.epochs, spec.batch_size) == (16, 32.0, 2, 4)
+    assert [each["learning_rate"] for each in spec.candidates] == [1e-4, 1e-3]
+
+
+def test_options_change_the_champions_job(registry: Registry, base: Base) -> None:
+    old = champion(registry, base, dropout=0.1)
+    spec = JobSpec.model_validate(planned(registry, base, "champion", learning_rate=3e-4, batch_size=4, seed=7)["spec"])
+    assert (spec.learning_rate, spec.batch_size, spec.seed, spec.dropout) == (3e-4, 4, 7, 0.1)
+    assert spec.rank == old.rank and spec.epochs is not None
+    assert spec.steps == spec.epochs * -(-len(rows_of(registry, spec.train)) // 4)
+
+
+def test_a_number_of_steps_replaces_epochs(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    spec = JobSpec.model_validate(planned(registry, base, "champion", steps=5)["spec"])
+    assert (spec.steps, spec.epochs) == (5, None)
+
+
+def test_another_rank_needs_new_weights(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    with pytest.raises(InvalidRequest, match="rank is 16, but the champion that training continues has 4"):
+        planned(registry, base, "champion", rank=16)
+
+
+def test_new_weights_may_have_another_rank(registry: Registry, base: Base) -> None:
+    champion(registry, base)
+    assert (planned(registry, base, "fresh", rank=16)["spec"]["rank"]) == 16

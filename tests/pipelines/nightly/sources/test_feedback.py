@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from loramill.data.examples import read_examples
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.sources.feedback import collect_adapter, collect_feedback, preference_request
+from loramill.pipelines.nightly.definition import FeedbackDefinition
+from loramill.pipelines.nightly.sources.feedback import collect_adapter, collect_feedback
 from loramill.pipelines.nightly.sources.feedback_rows import examples_of, pairs_of
 from loramill.registry import Registry, datasets, nightly, tenants
 from loramill.registry.adapters import get_or_create
@@ -158,7 +159,7 @@ def test_feedback_is_collected_once_into_new_data_and_pairs(registry: Registry) 
     assert content(registry, collected.pairs_file)[0]["preferred_output"][0]["content"] == "right"
     with registry.reading() as session:
         [waiting] = nightly.pending_data(session)
-    assert waiting.train == (collected.examples_file,)
+    assert waiting.train == (collected.examples_file, collected.pairs_file)
     # The bad answer still waits for a good one to the same prompt.
     [again] = collect_feedback(registry)
     assert (again.examples, again.pairs) == (0, 0)
@@ -166,15 +167,39 @@ def test_feedback_is_collected_once_into_new_data_and_pairs(registry: Registry) 
     [later] = collect_feedback(registry)
     assert (later.examples, later.pairs) == (0, 1)
     assert collect_feedback(registry) == []
-    request = preference_request(collected.adapter, collected.pairs_file or "")
-    assert (request.options.objective, request.options.start_from) == ("dpo", "champion")
+
+
+def test_pairs_wait_until_there_are_enough(registry: Registry) -> None:
+    rules = FeedbackDefinition(min_pairs=3)
+    for number in range(2):
+        give(registry, chat(str(number), answer="wrong"), correction="right")
+    [collected] = collect_feedback(registry, rules)
+    assert (collected.examples, collected.pairs, collected.open_pairs) == (2, 0, 2)
+    give(registry, chat("2", answer="wrong"), correction="right")
+    [collected] = collect_feedback(registry, rules)
+    assert (collected.examples, collected.pairs, collected.open_pairs) == (1, 3, 0)
+    assert len(content(registry, collected.pairs_file)) == 3 and collect_feedback(registry, rules) == []
+
+
+def test_a_deleted_completion_leaves_the_pairs_that_no_run_has_collected(registry: Registry) -> None:
+    for number in range(3):
+        give(registry, chat(str(number), answer=f"wrong {number}"), correction=f"right {number}")
+    collect_feedback(registry, FeedbackDefinition(corrections=False, min_pairs=2))
+    with registry.writing() as session:
+        removed = completions.delete(session, "1", "acme", CompletionKind.CHAT)
+        assert removed.files == () and nightly.pending_data(session) == []
+    [collected] = collect_feedback(registry, FeedbackDefinition(corrections=False, min_pairs=2))
+    assert [each["preferred_output"][0]["content"] for each in content(registry, collected.pairs_file)] == [
+        "right 0",
+        "right 2",
+    ]
 
 
 def test_parts_that_are_not_wanted_wait(registry: Registry) -> None:
     give(registry, chat("1", answer="wrong"), correction="right")
-    [collected] = collect_feedback(registry, corrections=False)
+    [collected] = collect_feedback(registry, FeedbackDefinition(corrections=False, min_pairs=1))
     assert (collected.examples, collected.pairs) == (0, 1)
-    [collected] = collect_feedback(registry, ratings=False)
+    [collected] = collect_feedback(registry, FeedbackDefinition(ratings=False))
     assert (collected.examples, collected.pairs) == (1, 0)
 
 

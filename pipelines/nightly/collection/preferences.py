@@ -1,0 +1,57 @@
+"""Preference pairs among new data: they are split like examples, by the prompt with the better answer."""
+
+from __future__ import annotations
+
+import json
+
+from loramill.data import jsonl
+from loramill.models.catalog import Base
+from loramill.names import AdapterName
+from loramill.submission.defaults import resolve_spec
+from loramill.submission.request import JobRequest, LoramillOptions
+from loramill.types import FrozenModel, JobSpec
+
+
+class PreferenceFiles(FrozenModel):
+    """The preference pairs that a run trains an adapter on.
+
+    Attributes:
+        train, valid: dataset IDs; `valid` has the pairs whose better answers are held out, and is None without any.
+        pairs: number of pairs to train on.
+        sources: dataset IDs of the new data that they come from.
+    """
+
+    train: str
+    valid: str | None
+    pairs: int
+    sources: tuple[str, ...]
+
+
+def better_row(row: bytes) -> bytes | None:
+    """The prompt of a preference pair with the better answer as an example; None if its form is another one."""
+    line = jsonl.parse(row)
+    if isinstance(line.get("prompt"), str) and isinstance(line.get("chosen"), str):
+        return _row({"prompt": line["prompt"], "completion": line["chosen"]})
+    if isinstance(line.get("input"), dict):
+        return _row({**line["input"], "messages": [*line["input"]["messages"], *line["preferred_output"]]})
+    return None
+
+
+def preference_spec(
+    name: AdapterName, files: PreferenceFiles, base: Base, start: str, continued: JobSpec | None
+) -> JobSpec:
+    """A DPO job that continues a version with pairs.
+
+    Args:
+        files: the pairs.
+        base: the base of the job.
+        start: the version.
+        continued: the spec of its job; None: it was imported.
+    """
+    options = LoramillOptions(objective="dpo", start_from=start)
+    request = JobRequest(name, files.train, files.valid, options=options)
+    return resolve_spec(request, base, files.pairs, start, continued)
+
+
+def _row(line: dict[str, object]) -> bytes:
+    return json.dumps(line, ensure_ascii=False, sort_keys=True).encode()
