@@ -234,7 +234,7 @@ def test_rows_are_split_at_line_feeds_alone() -> None:
     assert jsonl_rows(first + b"\r\n\r\n\xef\xbb\xbf" + second) == [first, second]
 
 
-def test_the_learning_rate_is_halved_once_and_not_each_night(registry: Registry, base: Base) -> None:
+def test_the_learning_rate_is_halved_once_and_not_by_each_run(registry: Registry, base: Base) -> None:
     old = champion(registry, base, learning_rate=2e-3)
     with registry.reading() as session:
         train, valid = (datasets.get(session, each) for each in (old.train, old.valid or ""))

@@ -37,7 +37,7 @@ def with_losses(cluster: Cluster, champion: float, fresh: float) -> None:
     cluster.pool = train
 
 
-def second_night(cluster: Cluster, start: str) -> None:
+def second_run(cluster: Cluster, start: str) -> None:
     cluster.settings.nightly_file.write_text(
         f"train: {{start: {start}, options: {{seed: 5, metadata: {{team: a}}}}}}\n"
     )
@@ -50,7 +50,7 @@ def second_night(cluster: Cluster, start: str) -> None:
 
 def test_the_better_of_two_starts_challenges_and_the_step_says_which(cluster: Cluster) -> None:
     with_losses(cluster, champion=0.5, fresh=0.25)
-    second_night(cluster, "both")
+    second_run(cluster, "both")
     continued, fresh = trained_jobs(cluster)
     assert continued.spec.start_from is not None and fresh.spec.start_from is None
     assert result(cluster)["version"] == fresh.version == cluster.champion("acme/a")
@@ -107,7 +107,7 @@ def test_one_start_that_fails_leaves_the_other(cluster: Cluster) -> None:
 
 
 def test_new_weights_alone_get_all_data(cluster: Cluster) -> None:
-    second_night(cluster, "fresh")
+    second_run(cluster, "fresh")
     (job,) = trained_jobs(cluster)
     assert job.spec.start_from is None and "replay_on_policy" not in job.metadata
     assert job.metadata["replay_plain"] == "90", "all old examples that are not held out"
