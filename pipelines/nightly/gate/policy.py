@@ -48,8 +48,9 @@ from loramill.pipelines.nightly.gate.statistics import (
 
 #: The corrected p-value of a loss on a slice that holds a challenger; to reject it, 1 - confidence is needed.
 SUSPICION = 0.2
-#: An assumption: the share of examples on which two equally good versions differ. `loramill-bench nightly` reports it
-#: for measured scores.
+#: An assumption: the share of examples on which two equally good versions differ. Champions and challengers that
+#: continued from them differed on 0.07 (CLINC150, travel; `loramill-bench nightly`). Twice that leaves room: at the
+#: share itself, the bound holds half of the equally good versions.
 CHURN = 0.15
 #: Rounding error of a mean.
 _ROUNDING = 1e-9
