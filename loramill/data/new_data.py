@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from loramill.data import jsonl
 from loramill.plural import counted
 
 #: Number of old examples that are trained again with the new ones; they halve forgetting.
@@ -54,10 +52,18 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     return f"The next nightly run trains on {data}, and evaluates the new version on {evaluation}."
 
 
-def sample(rows: Sequence[bytes], count: int, seed: str = "") -> list[bytes]:
+def sample(rows: Iterable[bytes], count: int, seed: str = "") -> list[bytes]:
     """At most `count` rows, chosen by their content: the same rows and seed give the same sample."""
+    return shuffled(rows, seed)[:count]
+
+
+def shuffled(rows: Iterable[bytes], seed: str = "") -> list[bytes]:
+    """Rows in a random-looking order that depends on their content and the seed alone."""
+    prefix = hashlib.sha256(seed.encode())
 
     def key(row: bytes) -> bytes:
-        return hashlib.sha256(f"{seed}{json.dumps(jsonl.parse(row), sort_keys=True)}".encode()).digest()
+        keyed = prefix.copy()
+        keyed.update(row)
+        return keyed.digest()
 
-    return sorted(rows, key=key)[:count]
+    return sorted(rows, key=key)

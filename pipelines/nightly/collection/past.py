@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,16 +107,18 @@ def known_content(session: Session, name: AdapterName) -> Known:
     )
 
 
-def old_rows(session: Session, artifacts: ArtifactStore, name: AdapterName, past: Past) -> list[bytes]:
+def old_rows(session: Session, artifacts: ArtifactStore, past: Past) -> list[bytes]:
     """The rows that the champion and the versions that it continues were trained on, newest first, each once.
 
-    An answer of a champion that was replayed is not one of them: only recorded content counts.
+    Those in which a champion's answer was replayed are among them: `originals` leaves them out.
     """
-    trained = {each.digest for each in content.list_content(session, name) if each.side is ContentSide.TRAIN}
-    found: dict[bytes, None] = {}
-    for file in past.files:
-        found |= dict.fromkeys(read_rows(session, artifacts, file))
-    return [row for row in found if digest(read_row(row, 1)) in trained]
+    return list(dict.fromkeys(row for file in past.files for row in read_rows(session, artifacts, file)))
+
+
+def originals(known: Known) -> Callable[[bytes], bool]:
+    """Returns whether a row was trained on as it arrived, rather than with a champion's answer in its place."""
+    trained = {each.digest for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.TRAIN}
+    return lambda row: digest(read_row(row, 1)) in trained
 
 
 def read_rows(session: Session, artifacts: ArtifactStore, dataset: str) -> list[bytes]:

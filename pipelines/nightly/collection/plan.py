@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from loramill.data.examples import read_row, row_format
-from loramill.data.new_data import REPLAY_EXAMPLES, outlook, required_examples, sample
+from loramill.data.new_data import REPLAY_EXAMPLES, outlook, required_examples, shuffled
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
 from loramill.pipelines.nightly.collection.freeze import Freezer, collected_result, new_files
 from loramill.pipelines.nightly.collection.next_job import first_spec, fresh_spec, next_spec
-from loramill.pipelines.nightly.collection.past import Past, find_past, known_content, old_rows, read_rows, record_past
+from loramill.pipelines.nightly.collection.past import (
+    Past,
+    find_past,
+    known_content,
+    old_rows,
+    originals,
+    read_rows,
+    record_past,
+)
 from loramill.pipelines.nightly.collection.policy import Fate, near_held_out
 from loramill.pipelines.nightly.collection.preferences import PreferenceFiles, preference_spec
 from loramill.pipelines.nightly.collection.relation import Known
@@ -91,7 +100,7 @@ def plan_training(
     past = find_past(session, name, base)
     record_past(session, artifacts, name, past)
     known = known_content(session, name)
-    old = old_rows(session, artifacts, name, past)
+    old = old_rows(session, artifacts, past)
     checked = of_one_format(check_rows(new_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
     checked = with_enough_pairs(checked, rules.min_pairs)
     check_share(checked, rules.split.max_bad_rows)
@@ -128,14 +137,15 @@ class _Work:
         )
 
 
-def _plan_examples(work: _Work, old: Sequence[bytes], known: Known) -> dict[str, Any] | InsufficientData:
+def _plan_examples(work: _Work, rows_before: Sequence[bytes], known: Known) -> dict[str, Any] | InsufficientData:
     """The jobs on new examples, with the old ones that are replayed."""
     past, rules, freezer = work.past, work.rules, work.freezer
     old_held = [each for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.HELD_OUT]
     kept_out = [*old_held, *(each.fingerprint for each in work.rows.held)]
     starts = _starts(rules.train, past)
     # New weights have to learn everything that the champion was trained on.
-    replay = _replay(old, kept_out, rules, past.champion or "", None if starts[0] == "fresh" else rules.replay)
+    old = filter(originals(known), shuffled(rows_before, past.champion or ""))
+    replay = _replay(old if starts[0] == "fresh" else islice(old, rules.replay), kept_out, rules)
     if (reason := _too_few(work.rows.decided, replay, rules.minimum, evaluated=past.valid is not None)) is not None:
         return InsufficientData(reason)
 
@@ -152,7 +162,7 @@ def _plan_examples(work: _Work, old: Sequence[bytes], known: Known) -> dict[str,
     spec = _spec(work, frozen, valid, starts[0])
     planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}}
     if "fresh" in starts[1:]:
-        everything = freezer.freeze("train-fresh", [*rows, *_replay(old, kept_out, rules, "", None)])
+        everything = freezer.freeze("train-fresh", [*rows, *replay, *_replay(old, kept_out, rules)])
         planned["fresh"] = _spec(work, everything, valid, "fresh").model_dump(mode="json")
     return planned
 
@@ -182,11 +192,9 @@ def _freeze_pairs(work: _Work, new_data: NewData) -> PreferenceFiles:
     return PreferenceFiles(train=train.id, valid=valid, pairs=len(pairs), sources=new_data.train)
 
 
-def _replay(
-    old: Sequence[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules, seed: str, count: int | None
-) -> list[bytes]:
-    """A sample of old examples, or all of them (None), without any that equals or resembles a held-out one."""
-    chosen = old if count is None else sample(old, count, seed)
+def _replay(old: Iterable[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules) -> list[bytes]:
+    """Old examples, without any that equals or resembles a held-out one."""
+    chosen = list(old)
     found = fingerprints([read_row(row, line) for line, row in enumerate(chosen, 1)])
     leaked = near_held_out(found, held_out, rules.split.near_duplicate)
     return [row for row, out in zip(chosen, leaked, strict=True) if not out]

@@ -18,8 +18,9 @@ from loramill.pipelines.nightly.answers import answer_once
 from loramill.pipelines.nightly.collection.fingerprint import fingerprints
 from loramill.pipelines.nightly.collection.freeze import freeze_rows
 from loramill.pipelines.nightly.collection.next_job import with_training_file
-from loramill.pipelines.nightly.collection.past import find_past, known_content, old_rows, read_rows
+from loramill.pipelines.nightly.collection.past import find_past, known_content, old_rows, originals, read_rows
 from loramill.pipelines.nightly.collection.policy import near_held_out
+from loramill.pipelines.nightly.collection.relation import Known
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
 from loramill.pipelines.nightly.replay.policy import choose_prompts, on_policy_count, select_answers
@@ -96,9 +97,9 @@ def _choose(context: NightlyContext, adapter: str, plan: Mapping[str, Any], toke
             return _Prompts(plan, 0, (), ())
         trained = read_rows(session, artifacts, plan["spec"]["train"])
         count = on_policy_count(len(trained), definition.replay.on_policy)
-        old = old_rows(session, artifacts, name, past)
-        rows = choose_prompts(old, set(trained), count, seed=plan["champion"])
-        rows = _not_held_out(session, name, rows, definition.split.near_duplicate)
+        old, known = old_rows(session, artifacts, past), known_content(session, name)
+        rows = choose_prompts(old, set(trained), count, seed=plan["champion"], usable=originals(known))
+        rows = _not_held_out(known, rows, definition.split.near_duplicate)
     examples = [read_row(row, line) for line, row in enumerate(rows, 1)]
     return _Prompts(plan, count, tuple(rows), tuple(build_questions(name.at(plan["champion"]), examples, tokenizer)))
 
@@ -116,7 +117,7 @@ def _add(
     rows = select_answers(prompts.rows, own, prompts.count, definition.replay.min_score)
     with context.registry.writing() as session:
         context.check_lease(session)
-        rows = _not_held_out(session, name, rows, definition.split.near_duplicate)
+        rows = _not_held_out(known_content(session, name), rows, definition.split.near_duplicate)
         counts = {"prompts": len(prompts.rows), "unanswered": len(errors), "on_policy": len(rows)}
         replay = plan.get("replay", {}) | counts
         changed = {**plan, "spec": _extended(context, session, name, plan["spec"], rows), "replay": replay}
@@ -138,9 +139,8 @@ def _extended(
     return with_training_file(JobSpec.model_validate(spec), frozen).model_dump(mode="json")
 
 
-def _not_held_out(session: Session, name: AdapterName, rows: Sequence[bytes], threshold: float | None) -> list[bytes]:
+def _not_held_out(known: Known, rows: Sequence[bytes], threshold: float | None) -> list[bytes]:
     """The rows that neither equal nor resemble a held-out example."""
-    known = known_content(session, name)
     held = [each for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.HELD_OUT]
     examples = [read_row(row, line) for line, row in enumerate(rows, 1)]
     leaked = near_held_out(fingerprints(examples), held, threshold)

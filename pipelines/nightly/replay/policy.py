@@ -12,11 +12,12 @@ An example is an old row in which the champion's answer replaces the old one:
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 
 from loramill.data import jsonl
 from loramill.data.examples import read_row
-from loramill.data.new_data import sample
+from loramill.data.new_data import shuffled
 from loramill.pipelines.nightly.questions import EvalAnswer
 from loramill.pipelines.nightly.scoring import token_f1
 
@@ -29,7 +30,14 @@ def on_policy_count(others: int, share: float) -> int:
     return round(others * share / (1 - share))
 
 
-def choose_prompts(old: Sequence[bytes], trained: Collection[bytes], count: int, *, seed: str) -> list[bytes]:
+def choose_prompts(
+    old: Sequence[bytes],
+    trained: Collection[bytes],
+    count: int,
+    *,
+    seed: str,
+    usable: Callable[[bytes], bool] = lambda row: True,
+) -> list[bytes]:
     """The old rows whose prompts the champion answers, first those that are not trained on as they are.
 
     Args:
@@ -37,11 +45,11 @@ def choose_prompts(old: Sequence[bytes], trained: Collection[bytes], count: int,
         trained: rows that are trained on with their old answers.
         count: number of examples that are wanted.
         seed: another seed gives another choice.
+        usable: whether a row may be chosen.
     """
-    usable = [row for row in old if _ends_with_text(row)]
-    chosen = sample([row for row in usable if row not in trained], PROMPTS_PER_EXAMPLE * count, seed)
-    missing = PROMPTS_PER_EXAMPLE * count - len(chosen)
-    return chosen + sample([row for row in usable if row in trained], missing, seed)
+    ordered = sorted(shuffled(old, seed), key=lambda row: row in trained)
+    found = (row for row in ordered if _ends_with_text(row) and usable(row))
+    return list(islice(found, PROMPTS_PER_EXAMPLE * count))
 
 
 def select_answers(
