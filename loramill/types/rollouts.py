@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from pydantic import Field
@@ -109,8 +110,7 @@ class TrafficCounts(FrozenModel):
         return self.requests - self.errors
 
     def __add__(self, other: TrafficCounts) -> TrafficCounts:
-        sums = {name: _added(getattr(self, name), getattr(other, name)) for name in TrafficCounts.model_fields}
-        return TrafficCounts.model_validate(sums)
+        return total((self, other))
 
 
 class RolloutState(RolloutRecord):
@@ -118,6 +118,11 @@ class RolloutState(RolloutRecord):
 
     tried: TrafficCounts = Field(description="Answers of the version that is tried.")
     compared: TrafficCounts = Field(description="Answers of the version that it is compared with.")
+    slowdown: float = Field(
+        default=1.0,
+        ge=1,
+        description="How many times as long as before the answers of other adapters take, during a watch; at least 1.",
+    )
 
 
 def latency_bucket(seconds: float) -> int:
@@ -130,8 +135,26 @@ def bucket_seconds(bucket: int) -> float:
     return float(_SHORTEST_SECONDS * 2 ** (bucket / LATENCY_BUCKETS_PER_DOUBLING))
 
 
-def _added(one: float | Mapping[int, int], other: float | Mapping[int, int]) -> float | dict[int, int]:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return {bucket: one.get(bucket, 0) + other.get(bucket, 0) for bucket in sorted({*one, *other})}
-    assert not isinstance(one, Mapping) and not isinstance(other, Mapping)
-    return one + other
+def median_bucket(histogram: Mapping[int, int]) -> int | None:
+    """Returns the bucket of the median; None without requests."""
+    half = sum(histogram.values()) / 2
+    for bucket in sorted(histogram):
+        half -= histogram[bucket]
+        if half <= 0 and histogram[bucket]:
+            return bucket
+    return None
+
+
+def total(parts: Iterable[TrafficCounts]) -> TrafficCounts:
+    """Returns the sum of counts."""
+    sums: dict[str, float] = {}
+    histograms: dict[str, Counter[int]] = {}
+    for part in parts:
+        for name in TrafficCounts.model_fields:
+            value = getattr(part, name)
+            if isinstance(value, Mapping):
+                histograms.setdefault(name, Counter()).update(value)
+            else:
+                sums[name] = sums.get(name, 0) + value
+    sorted_histograms = {name: dict(sorted(histogram.items())) for name, histogram in histograms.items()}
+    return TrafficCounts.model_validate(sums | sorted_histograms)

@@ -7,6 +7,8 @@ and their questions share the engine's batches.
 An adapter that fails in a stage leaves the run and affects no other. If the failure is transient (an outage, a quota),
 the next run collects the adapter's data again; otherwise the data is set aside until someone retries or drops it, so
 that no failure repeats every night.
+
+While it works, a run also decides about open rollouts, as `loramill up` does all the time.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.promote import gate_all, promote_all
 from loramill.pipelines.nightly.replay.on_policy import replay_all
+from loramill.pipelines.nightly.rollout.advance import deciding
 from loramill.pipelines.nightly.schedule.lease import leased_run
 from loramill.pipelines.nightly.sources.feedback import add_feedback
 from loramill.pipelines.nightly.sources.files import scan_sources
@@ -58,7 +61,7 @@ def run_nightly(
     base = find_base(settings.base, settings.cache, settings.quantization)
     definition = definition or load_definition(settings)
     gateway = gateway or HttpGateway(settings)
-    with leased_run(registry) as run:
+    with leased_run(registry) as run, deciding(registry):
         return _run_stages(
             NightlyContext(run, registry, settings, base, report, gateway, progress, definition, run.holder)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli import complete
+from loramill.cli.adapters.rollouts import print_rollouts
 from loramill.cli.arguments import AdapterArgument, JsonFlag
 from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
 from loramill.cli.nightly_registry import open_registry
@@ -244,20 +246,23 @@ def _print_run(
         deleted: steps of adapters that were deleted during the run.
     """
     from loramill.pipelines.nightly.outcome import outcomes, summary
+    from loramill.pipelines.nightly.rollout.overview import rollouts_around
     from loramill.registry.nightly import list_set_aside, list_steps
 
     with registry.reading() as session:
         steps = [*list_steps(session, nightly_run.id), *deleted]
         aside = [each for each in list_set_aside(session) if each.run != nightly_run.id]
+        rollouts = rollouts_around(session, nightly_run, time.time())
     found = outcomes(steps)
     if json:
-        lists: dict[str, Sequence[Any]] = {"adapters": found, "set_aside": aside, "steps": steps}
+        lists: dict[str, Sequence[Any]] = {"adapters": found, "rollouts": rollouts, "set_aside": aside, "steps": steps}
         dumped = {name: [each.model_dump(mode="json") for each in rows] for name, rows in lists.items()}
         print_line(dumps(nightly_run.model_dump(mode="json") | dumped, indent=2))
         return found
     if found:
         columns = ("ADAPTER", "METRIC", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
+    print_rollouts(rollouts)
     scan = nightly_run.sources
     for problem in scan.problems if scan is not None else ():
         print_message(f"{problem.url} could not be read: {first_lines(problem.reason)}", style="red")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loramill.cli.adapters.rollouts import print_rollouts
 from loramill.cli.arguments import JsonFlag
 from loramill.cli.format import (
     local_minute,
@@ -103,6 +104,7 @@ def status(json: JsonFlag = False) -> None:
         if run.state == "running" and run.silent_seconds is not None:
             pairs.append(("process", f"{run.holder}, last heartbeat {rounded_duration(run.silent_seconds)} ago"))
     print_fields(pairs)
+    print_rollouts(found.rollouts)
     for problem in found.problems:
         print_message(problem, style="red")
     if found.problems:

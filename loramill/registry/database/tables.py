@@ -490,7 +490,7 @@ class RolloutRow(TableBase):
 
 
 class VersionTrafficRow(TableBase):
-    """What a version's answers were like in one minute at one gateway, as in `TrafficCounts`.
+    """What a version's answers were like in one period at one gateway, as in `TrafficCounts`.
 
     A gateway replaces its row by newer sums. Ratings have rows of their own, of the gateway "". There are no foreign
     keys, since a gateway may write what it has counted after the adapter was deleted; the clean-up removes that.
@@ -499,7 +499,7 @@ class VersionTrafficRow(TableBase):
     __tablename__ = "version_traffic"
     adapter: Mapped[str] = mapped_column(primary_key=True)
     version: Mapped[str] = mapped_column(String(64), primary_key=True)
-    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, index=True)
+    period: Mapped[int] = mapped_column(BigInteger, primary_key=True, index=True)
     gateway: Mapped[str] = mapped_column(primary_key=True)
     requests: Mapped[int] = mapped_column(BigInteger)
     errors: Mapped[int] = mapped_column(BigInteger)

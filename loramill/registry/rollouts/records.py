@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from loramill.names import AdapterName
@@ -34,6 +34,15 @@ def list_rollouts(
     if run is not None:
         statement = statement.where(RolloutRow.run == run)
     return [RolloutRecord.model_validate(row) for row in session.scalars(statement)]
+
+
+def list_around(session: Session, run: str, *, since: float, until: float) -> list[RolloutRecord]:
+    """Returns the rollouts that a nightly run started, and those that were open between two times, newest first."""
+    open_between = (func.coalesce(RolloutRow.ended_at, until) >= since) & (RolloutRow.started_at <= until)
+    rows = session.scalars(
+        select(RolloutRow).where((RolloutRow.run == run) | open_between).order_by(RolloutRow.id.desc())
+    )
+    return [RolloutRecord.model_validate(row) for row in rows]
 
 
 def add(session: Session, row: RolloutRow) -> RolloutRecord:

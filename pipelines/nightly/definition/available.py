@@ -11,8 +11,6 @@ UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
     "split": ("by",),
     "evaluate": ("scorer", "judge", "slices_by", "golden"),
     "gate": ("approval", "min_golden"),
-    "canary": None,
-    "watch": None,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from loramill.durations import format_duration
+from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
 from loramill.pipelines.nightly.definition.training import (
     BudgetDefinition,
@@ -45,6 +46,7 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
             f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of at least {gate.min_gain:g} on new "
             f"data, and a loss of at most {gate.max_loss:g} on old",
         ),
+        ("promotion", _promotion(definition)),
         ("budget", _budget(definition.budget)),
         ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
     ]
@@ -91,6 +93,18 @@ def _replay(replay: ReplayDefinition) -> str:
         f"{plain}, and {replay.on_policy:.0%} of the training data are old prompts with the champion's own answers, "
         f"of a token F1 of at least {replay.min_score:g}"
     )
+
+
+def _promotion(definition: NightlyDefinition) -> str:
+    canary, watch = definition.canary, definition.watch
+    window = _text(watch.window)
+    tried = "copies of " if canary.shadow else ""
+    share = f"{canary.share or SHADOW_SHARE:.0%} of the requests"
+    start = f"after a challenger answers {tried}{share} for {window}" if canary.starts else "at once"
+    watched = (
+        f"watched for {window} and at least {counted(watch.min_requests, 'request')}" if watch.window else "not watched"
+    )
+    return f"{start}; a new champion is {watched}"
 
 
 def _budget(budget: BudgetDefinition) -> str:

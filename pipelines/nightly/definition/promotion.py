@@ -99,6 +99,10 @@ class GateDefinition(FrozenModel):
     )
 
 
+#: Share of the requests that a shadow copies if `canary.share` is 0.
+SHADOW_SHARE = 0.1
+
+
 class CanaryDefinition(FrozenModel):
     """How a challenger that passed the gate is introduced."""
 
@@ -106,23 +110,33 @@ class CanaryDefinition(FrozenModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the requests that the challenger answers before it is promoted, by user or API key, so "
-        "that each gets one version; 0: it is promoted at once.",
+        description="Share of the requests that the challenger answers for `watch.window` before it is promoted, by "
+        "user or API key, so that each gets one version; 0: it is promoted at once.",
     )
     shadow: bool = Field(
         default=False,
-        description="Whether the challenger first answers copies of requests; these answers are compared, never sent.",
+        description="Whether the challenger answers copies of the share instead (of a tenth, if the share is 0); these "
+        "answers are compared, never sent.",
     )
+
+    @property
+    def starts(self) -> bool:
+        """Whether a challenger is tried before it is promoted."""
+        return self.shadow or self.share > 0
 
 
 class WatchDefinition(FrozenModel):
     """When a new champion is rolled back automatically."""
 
     window: Duration = Field(
-        default=timedelta(hours=1), description="How long a new champion is watched; 0s: not at all."
+        default=timedelta(hours=1),
+        description="How long a canary lasts, and how long a new champion is watched; 0s: not at all. With fewer "
+        "requests than `min_requests`, up to 20 hours longer.",
     )
     min_requests: int = Field(
-        default=50, ge=1, description="Number of answers from which versions are compared; with fewer, nothing happens."
+        default=50,
+        ge=1,
+        description="Number of requests from which versions are compared; with fewer, none is rolled back.",
     )
     max_error_rate_increase: float = Field(
         default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."
@@ -154,5 +168,6 @@ class NotifyDefinition(FrozenModel):
     )
     on: Literal["always", "changes", "problems"] = Field(
         default="changes",
-        description="After which runs: all, those that promoted or failed, or those that failed.",
+        description="After which runs: all, those that promoted or failed, or those that failed; also if a version was "
+        "rolled back since the run before.",
     )

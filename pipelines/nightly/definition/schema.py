@@ -50,6 +50,8 @@ class AdapterDefinition(FrozenModel):
                 return "evaluate", f"metrics contains {name}, but evaluate.{name} is not set"
         if self.gate.metric not in metrics:
             return "gate", f"metric is {self.gate.metric}, which evaluate.metrics does not contain"
+        if self.canary.starts and not self.watch.window:
+            return "watch", "window is 0s, but a canary lasts for watch.window; set a longer one, or no canary"
         return None
 
 

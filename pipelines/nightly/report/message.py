@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from loramill.pipelines.nightly.outcome import UNSUCCESSFUL, Verdict
 from loramill.pipelines.nightly.report.schema import AdapterReport, NightlyReport
+from loramill.pipelines.nightly.rollout.overview import RolloutOverview
 from loramill.plural import counted
+from loramill.types import RolloutOutcome
 
 NotifyOn = Literal["always", "changes", "problems"]
 #: Adapters that a message names per verdict, and characters of a reason.
@@ -26,9 +28,9 @@ def should_notify(report: NightlyReport, on: NotifyOn) -> bool:
     Args:
         report: the run.
         on: "always": each run; "changes": runs in which an adapter was promoted or failed;
-            "problems": runs in which something failed or was interrupted.
+            "problems": runs in which something failed or was interrupted. Both: also if a version was rolled back.
     """
-    if on == "always" or not report.succeeded:
+    if on == "always" or not report.succeeded or _rolled_back(report):
         return True
     return on == "changes" and any(verdict not in _QUIET for verdict in report.totals.verdicts)
 
@@ -47,6 +49,9 @@ def slack_message(report: NightlyReport, where: str) -> dict[str, Any]:
         found = [each for each in report.adapters if each.verdict is verdict]
         if verdict not in (Verdict.WAITING, Verdict.SKIPPED, Verdict.RUNNING):
             sections.append(_section(verdict, found))
+    if undone := _rolled_back(report):
+        lines = [f"• {_escaped(each.adapter)}: {_escaped(_cut(each.reason, _REASON))}" for each in undone[:_NAMED]]
+        sections.append("\n".join([f"*Rolled back: {counted(len(undone), 'adapter')}*", *lines]))
     if report.totals.quarantined:
         sections.append(f"{counted(report.totals.quarantined, 'row')} of new data in quarantine")
     blocks: list[dict[str, Any]] = [
@@ -61,6 +66,10 @@ def slack_message(report: NightlyReport, where: str) -> dict[str, Any]:
         },
     ]
     return {"text": _cut(_escaped(summary), _SECTION), "blocks": blocks}
+
+
+def _rolled_back(report: NightlyReport) -> list[RolloutOverview]:
+    return [each for each in report.rollouts if each.state == RolloutOutcome.ROLLED_BACK]
 
 
 def _sections(report: NightlyReport, sections: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
 from loramill.pipelines.nightly.report.recorded import results_by_stage
 from loramill.pipelines.nightly.report.summarize import RunRecords
+from loramill.pipelines.nightly.rollout.overview import rollouts_around
 from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.registry import ArtifactStore, Registry, evaluations, jobs, nightly
 from loramill.registry.jobs import history
@@ -57,6 +58,7 @@ def read_records(
             metrics={job: history.metrics(session, job) for job in found},
             intervals=[each for job in found.values() for each in _intervals(session, job, settings.jobs, now)],
             set_aside=nightly.list_set_aside(session),
+            rollouts=rollouts_around(session, run, now),
             device="gpu" if settings.jobs.on_gpu else "cpu",
             interrupted=interrupted,
         )

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from loramill.pipelines.nightly.outcome import Verdict
+from loramill.pipelines.nightly.rollout.overview import RolloutOverview
 from loramill.types import FrozenModel, JobStatus
 
 #: Changes when a field gets another meaning or is removed; a new field does not change it.
@@ -189,6 +190,11 @@ class NightlyReport(FrozenModel):
     interrupted: str | None = Field(default=None, description="Why the run stopped before its end.")
     totals: ReportTotals = Field(description="Sums over all adapters.")
     adapters: tuple[AdapterReport, ...] = Field(description="The adapters: problems first, then changes, then others.")
+    rollouts: tuple[RolloutOverview, ...] = Field(
+        default=(),
+        description="Canaries, shadows and watches that the run started, and those that were under way between the run "
+        "before and its end.",
+    )
     set_aside: tuple[EarlierFailure, ...] = Field(
         default=(), description="Data of earlier runs that still waits after a failure."
     )

@@ -33,6 +33,7 @@ from loramill.pipelines.nightly.report.schema import (
     ReportLink,
     ReportTotals,
 )
+from loramill.pipelines.nightly.rollout.overview import RolloutOverview
 from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.types import JobRecord, NightlyRun, NightlyStep, SetAsideData
 
@@ -60,6 +61,7 @@ class RunRecords:
         intervals: when sessions and trainers held these jobs.
         set_aside: data of all runs that waits after a failure.
         scores: scores per example of this run and earlier ones, by adapter, in order of time.
+        rollouts: those of the run, and those around it.
         device: what the jobs trained on.
         interrupted: why the run stopped before its end.
     """
@@ -72,6 +74,7 @@ class RunRecords:
     intervals: Sequence[JobInterval] = ()
     set_aside: Sequence[SetAsideData] = ()
     scores: Mapping[str, Sequence[RunScores]] = field(default_factory=dict)
+    rollouts: Sequence[RolloutOverview] = ()
     device: Literal["gpu", "cpu"] | None = None
     interrupted: str | None = None
 
@@ -98,6 +101,7 @@ def summarize(records: RunRecords) -> NightlyReport:
         interrupted=records.interrupted,
         totals=_totals(records, adapters),
         adapters=tuple(adapters),
+        rollouts=tuple(records.rollouts),
         set_aside=tuple(
             EarlierFailure(adapter=each.adapter, run=each.run, stage=each.stage, reason=first_lines(each.reason))
             for each in records.set_aside
@@ -219,6 +223,9 @@ def _links(outcome: Outcome, results: Mapping[str, Mapping[str, Any]], job: JobR
         yield ReportLink(name="Job", command=f"loramill jobs show {job.id}")
     if outcome.verdict is Verdict.PROMOTED:
         yield ReportLink(name="Roll back to the version before", command=f"loramill rollback {name}")
+    elif outcome.verdict in (Verdict.CANARY, Verdict.SHADOW):
+        yield ReportLink(name="Promote it now", command=f"loramill promote {name}@challenger")
+        yield ReportLink(name="End the canary", command=f"loramill adapters canary {name} --end")
     elif version and results.get("gate"):
         command = f"loramill promote {name}@{str(version)[:SHORT_HASH_LENGTH]}"
         yield ReportLink(name="Promote it all the same", command=command)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy.orm import Session
 
@@ -31,7 +33,7 @@ def advance(registry: Registry, now: float) -> list[RolloutRecord]:
     them once, and one that is killed in between leaves the rollout open for the next.
     """
     with registry.reading() as session:
-        states = [traffic.measured(session, each) for each in records.list_open(session)]
+        states = traffic.measured_all(session, records.list_open(session))
     ended = []
     for state in states:
         decision = decide(state, now=now)
@@ -56,6 +58,20 @@ def advance_periodically(
             advance(registry, time.time())
         except Exception:  # the database may be back the next time
             log.exception("rollouts could not be decided; retrying")
+
+
+@contextmanager
+def deciding(registry: Registry) -> Iterator[None]:
+    """Decides about open rollouts at once, and then until the block ends."""
+    advance(registry, time.time())
+    stop = threading.Event()
+    thread = threading.Thread(target=advance_periodically, args=(registry, stop), name="rollouts", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def start_deciding(settings: Settings, stop: threading.Event) -> threading.Thread:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.definition.promotion import CanaryDefinition, WatchDefinition
+from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE, CanaryDefinition, WatchDefinition
 from loramill.registry import adapters
 from loramill.registry.rollouts import moves
 from loramill.types import RolloutKind, WatchPolicy
-
-#: Share of the requests that a shadow copies if `canary.share` is 0.
-SHADOW_SHARE = 0.1
 
 
 def introduce(
@@ -36,7 +33,7 @@ def introduce(
         Conflict: the adapter is pinned to another version.
     """
     policy = watch_policy(watch)
-    if adapters.get(session, name).champion in (None, version) or not (canary.share or canary.shadow):
+    if adapters.get(session, name).champion in (None, version) or not canary.starts:
         moves.promote_watched(session, name, version, reason, policy=policy, run=run)
         return None
     share = canary.share or SHADOW_SHARE

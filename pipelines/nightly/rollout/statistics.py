@@ -66,15 +66,5 @@ def slower(histogram: Mapping[int, int], baseline: Mapping[int, int], buckets: i
     return math.erfc((u - ours * theirs / 2) / math.sqrt(2 * variance)) / 2
 
 
-def median_bucket(histogram: Mapping[int, int]) -> int | None:
-    """Returns the bucket of the median; None without requests."""
-    half = sum(histogram.values()) / 2
-    for bucket in sorted(histogram):
-        half -= histogram[bucket]
-        if half <= 0 and histogram[bucket]:
-            return bucket
-    return None
-
-
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

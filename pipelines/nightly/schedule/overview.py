@@ -11,6 +11,7 @@ from pydantic import Field
 from loramill.errors import DefinitionInvalid
 from loramill.pipelines.nightly.definition import NO_FILE, ScheduleDefinition, load_definition
 from loramill.pipelines.nightly.outcome import outcomes, summary
+from loramill.pipelines.nightly.rollout.overview import RolloutOverview, rollouts_around
 from loramill.pipelines.nightly.schedule.lease import LEASE_SECONDS, is_dead
 from loramill.pipelines.nightly.schedule.policy import decide_due, shown
 from loramill.pipelines.nightly.schedule.times import next_time
@@ -43,6 +44,9 @@ class ScheduleOverview(FrozenModel):
     next_times: tuple[str, ...] = Field(description="The next scheduled times.")
     due: str = Field(description="Whether a run is due, and why.")
     run: RunOverview | None = Field(description="The newest run.")
+    rollouts: tuple[RolloutOverview, ...] = Field(
+        description="Rollouts that are under way, or ended since the run before the newest one."
+    )
 
 
 def schedule_overview(registry: Registry, settings: Settings, now: float | None = None) -> ScheduleOverview:
@@ -57,7 +61,9 @@ def schedule_overview(registry: Registry, settings: Settings, now: float | None 
     schedule = definition.schedule
     with registry.reading() as session:
         state = nightly_schedule.schedule_state(session, now)
-    last, run = state.last_time, state.last_run
+        run = state.last_run
+        rollouts = () if run is None else rollouts_around(session, run.model_copy(update={"finished_at": None}), now)
+    last = state.last_time
     since = max(last.scheduled_at if last else now, run.created_at if run else 0.0)
     return ScheduleOverview(
         file=str(settings.nightly_file),
@@ -67,6 +73,7 @@ def schedule_overview(registry: Registry, settings: Settings, now: float | None 
         next_times=tuple(coming_times(schedule, now)),
         due=decide_due(schedule, since, now).reason,
         run=None if run is None else run_overview(registry, run, now),
+        rollouts=tuple(rollouts),
     )
 
 

@@ -47,7 +47,7 @@ async def admitted(
         raise
     try:
         observed = (target.name, target.version) if target.by_default and target.version else None
-        observation = CallObservation(gateway.traffic, observed, len(requests))
+        observation = CallObservation(gateway.traffic.add, observed, len(requests))
         with metrics, observation:
             gateway.shadows.copy(target.shadow, target.served.backend, requests)
             on_chunk = observation.recording(metrics.record_chunk)

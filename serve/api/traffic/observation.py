@@ -10,7 +10,6 @@ from typing import Self
 from starlette.requests import ClientDisconnect
 
 from loramill.errors import LoramillError, Unavailable
-from loramill.serve.api.traffic.tracker import TrafficTracker
 from loramill.serve.protocol import TextChunk
 from loramill.types import TrafficCounts
 from loramill.types.rollouts import latency_bucket
@@ -22,13 +21,15 @@ class CallObservation:
     Calls that clients abandon, that are refused, or that are wrong, show nothing about the version.
 
     Args:
-        tracker: counts the call.
+        add: counts the call.
         of: adapter and version that answer; None: nothing is counted.
         answers: number of answers of the call.
     """
 
-    def __init__(self, tracker: TrafficTracker, of: tuple[str, str] | None, answers: int) -> None:
-        self._tracker, self._of = tracker, of
+    def __init__(
+        self, add: Callable[[str, str, TrafficCounts], None], of: tuple[str, str] | None, answers: int
+    ) -> None:
+        self._add, self._of = add, of
         self._started_at = time.perf_counter()
         self._first_at: float | None = None
         self._unfinished = answers
@@ -62,7 +63,7 @@ class CallObservation:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         counts = self._counts(error)
         if self._of is not None and counts is not None:
-            self._tracker.add(*self._of, counts)
+            self._add(*self._of, counts)
 
     def _counts(self, error: BaseException | None) -> TrafficCounts | None:
         if not self._unfinished and self._first_at is not None:

@@ -70,7 +70,7 @@ class ShadowRunner:
     async def _run(self, rollout: RolloutRecord, backend: GenerationBackend, request: TextRequest) -> None:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                with CallObservation(self._tracker, (rollout.adapter, rollout.version), 1) as observation:
+                with CallObservation(self._tracker.add_copy, (rollout.adapter, rollout.version), 1) as observation:
                     async with aclosing(backend.generate(request)) as chunks:
                         async for chunk in chunks:
                             observation.record_chunk(0, chunk)

@@ -1,22 +1,23 @@
-"""A gateway's sums of what the answers of versions are like, per minute. Only the event loop's thread uses it."""
+"""A gateway's sums of what the answers of versions are like, per period. Only the event loop's thread uses it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Set
 
-from loramill.registry.rollouts.traffic import TrafficKey, minute_of
+from loramill.registry.rollouts.traffic import BASELINE_SECONDS, EVERYONE, TrafficKey, period_of
 from loramill.types import TrafficCounts
 
-#: Seconds for which sums are kept. What came before a version is promoted is what it is compared with, and it is
-#: written only then.
-KEPT_SECONDS = 3600.0
-#: Maximum number of minutes of versions; 20,000 take about 40 MB.
+#: Maximum number of periods of versions; 20,000 take about 40 MB: a day of 139 versions that answer all the time, and
+#: less of more. The oldest are dropped.
 MAX_ENTRIES = 20_000
 
 
 class TrafficTracker:
-    """Sums per version and minute of the last hour, and which of them are written."""
+    """Sums per version and period of the last day, and which of them are written.
+
+    What came before a version is promoted is what it is compared with, and it is written only then.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -25,7 +26,12 @@ class TrafficTracker:
 
     def add(self, adapter: str, version: str, counts: TrafficCounts) -> None:
         """Adds what one request was like."""
-        key = TrafficKey(adapter, version, minute_of(self._clock()))
+        self.add_copy(adapter, version, counts)
+        self.add_copy(*EVERYONE, counts)
+
+    def add_copy(self, adapter: str, version: str, counts: TrafficCounts) -> None:
+        """Adds what a copy of a request was like, which takes longer than a request."""
+        key = TrafficKey(adapter, version, period_of(self._clock()))
         before = self._sums.get(key)
         self._sums[key] = counts if before is None else before + counts
         if len(self._sums) > MAX_ENTRIES:
@@ -45,8 +51,8 @@ class TrafficTracker:
 
     def forget_old(self) -> None:
         """Removes sums that no rollout that starts now can need."""
-        oldest = self._clock() - KEPT_SECONDS
-        for key in [key for key in self._sums if key.minute < oldest]:
+        oldest = period_of(self._clock() - BASELINE_SECONDS)
+        for key in [key for key in self._sums if key.period < oldest]:
             self._remove(key)
 
     def _remove(self, key: TrafficKey) -> None:

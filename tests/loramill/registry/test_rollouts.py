@@ -24,6 +24,7 @@ NAME = AdapterName("acme", "support")
 FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
 POLICY = WatchPolicy(window_seconds=600)
 START = 6_000.0
+DAY = 86_400.0
 
 
 def publish(session: Any, version: str, name: AdapterName = NAME) -> None:
@@ -148,18 +149,18 @@ def counts(requests: int = 1, **signals: Any) -> TrafficCounts:
     return TrafficCounts(requests=requests, **signals)
 
 
-def test_traffic_is_the_sum_over_gateways_and_minutes(session: Any) -> None:
+def test_traffic_is_the_sum_over_gateways_and_periods(session: Any) -> None:
     rollout = moves.start_canary(session, NAME, share=0.1, now=START + 30)
     name = str(NAME)
     traffic.write(
         session,
         "g1",
         {
-            TrafficKey(name, SECOND, 5_940): counts(100),  # before the start
+            TrafficKey(name, SECOND, 5_400): counts(100),  # before the start
             TrafficKey(name, SECOND, 6_000): counts(2, cut=1, total_seconds=0.5, total_histogram={4: 1, 10: 1}),
-            TrafficKey(name, FIRST, 6_060): counts(7, empty=2),
-            TrafficKey(name, THIRD, 6_060): counts(9),
-            TrafficKey("acme/other", FIRST, 6_060): counts(9),
+            TrafficKey(name, FIRST, 6_600): counts(7, empty=2),
+            TrafficKey(name, THIRD, 6_600): counts(9),
+            TrafficKey("acme/other", FIRST, 6_600): counts(9),
         },
     )
     for _ in range(2):  # the second time after an unknown result
@@ -167,32 +168,49 @@ def test_traffic_is_the_sum_over_gateways_and_minutes(session: Any) -> None:
         traffic.write(session, "g2", written)
     traffic.add_rating(session, NAME, SECOND, good=True, now=6_010)
     traffic.add_rating(session, NAME, SECOND, good=False, now=6_020)
-    traffic.add_rating(session, NAME, SECOND, good=False, now=6_090)
-    traffic.add_rating(session, NAME, THIRD, good=False, now=6_090)
+    traffic.add_rating(session, NAME, SECOND, good=False, now=6_690)
+    traffic.add_rating(session, NAME, THIRD, good=False, now=6_690)
     state = traffic.measured(session, rollout)
     assert state.tried == counts(5, cut=1, errors=1, good=1, bad=2, total_seconds=0.5, total_histogram={4: 1, 10: 4})
     assert state.compared == counts(7, empty=2)
+    assert traffic.measured_all(session, records.list_open(session)) == [state]
 
 
-def test_a_watch_compares_with_the_window_before_it(session: Any) -> None:
+def test_a_watch_compares_with_the_day_before_it(session: Any) -> None:
     name = str(NAME)
-    moves.promote_watched(session, NAME, SECOND, "better", policy=POLICY, now=START)
+    moves.promote_watched(session, NAME, SECOND, "better", policy=POLICY, now=START + DAY)
     rollout = records.find_open(session, NAME)
-    assert rollout is not None and rollout.ends_at == START + 600
-    minutes = {5_340: 1, 5_400: 10, 5_940: 100, 6_060: 1000}
-    traffic.write(session, "g1", {TrafficKey(name, FIRST, minute): counts(n) for minute, n in minutes.items()})
-    traffic.write(session, "g1", {TrafficKey(name, SECOND, minute): counts(n) for minute, n in minutes.items()})
+    assert rollout is not None and rollout.ends_at == START + DAY + 600
+    periods = {START - 600: 1, START: 10, START + DAY - 600: 100, START + DAY + 600: 1000}
+    traffic.write(session, "g1", {TrafficKey(name, FIRST, int(at)): counts(n) for at, n in periods.items()})
+    traffic.write(session, "g1", {TrafficKey(name, SECOND, int(at)): counts(n) for at, n in periods.items()})
     state = traffic.measured(session, rollout)
     assert (state.tried.requests, state.compared.requests) == (1000, 1110)
 
 
+@pytest.mark.parametrize(("others", "slowdown"), [(100, 4.0), (9, 1.0)])
+def test_a_watch_knows_how_much_slower_other_adapters_became(session: Any, others: int, slowdown: float) -> None:
+    moves.promote_watched(session, NAME, SECOND, "better", policy=POLICY, now=START + DAY)
+    day = int(START + DAY)
+    quick, slow = {0: 1_000, 8: others}, {16: others, 40: 1_000}  # its own answers, and those of others
+    written = {
+        (str(NAME), FIRST, day - 600): {0: 1_000},
+        (str(NAME), SECOND, day): {40: 1_000},
+        (*traffic.EVERYONE, day - 600): quick,
+        (*traffic.EVERYONE, day): slow,
+    }
+    traffic.write(session, "g1", {TrafficKey(*key): counts(9, total_histogram=each) for key, each in written.items()})
+    (state,) = traffic.measured_all(session, records.list_open(session))
+    assert state.slowdown == slowdown
+
+
 def test_old_traffic_is_forgotten_unless_it_is_needed(session: Any) -> None:
     moves.start_canary(session, NAME, share=0.1, now=0.0)
-    traffic.write(session, "g1", {TrafficKey(str(NAME), SECOND, minute): counts() for minute in (0, 60, 120)})
+    traffic.write(session, "g1", {TrafficKey(str(NAME), SECOND, period): counts() for period in (0, 600, 1_200)})
     assert not traffic.has_before(session, 1e9)
     moves.end_canary(session, NAME, "enough")
-    assert traffic.forget(session, 120) == 2
-    assert not traffic.has_before(session, 120) and traffic.has_before(session, 121)
+    assert traffic.forget(session, 1_200) == 2
+    assert not traffic.has_before(session, 1_200) and traffic.has_before(session, 1_201)
 
 
 @pytest.fixture
@@ -207,9 +225,9 @@ def decided(registry: Registry) -> Registry:
     return registry
 
 
-def write(registry: Registry, tried: TrafficCounts, compared: TrafficCounts, minute: int = 6_000) -> None:
+def write(registry: Registry, tried: TrafficCounts, compared: TrafficCounts, period: int = 6_000) -> None:
     with registry.writing() as session:
-        written = {TrafficKey(str(NAME), SECOND, minute): tried, TrafficKey(str(NAME), FIRST, minute): compared}
+        written = {TrafficKey(str(NAME), SECOND, period): tried, TrafficKey(str(NAME), FIRST, period): compared}
         traffic.write(session, "g1", written)
 
 
@@ -254,6 +272,17 @@ def test_a_bad_champion_is_rolled_back_within_its_window(decided: Registry) -> N
     assert aliases(decided) == (FIRST, None, SECOND)
     assert advance(decided, 9_000.0) == []
     assert aliases(decided) == (FIRST, None, SECOND)
+
+
+def test_a_new_champion_without_requests_is_watched_until_its_users_come(decided: Registry) -> None:
+    with decided.writing() as session:
+        moves.promote_watched(session, NAME, SECOND, "better", policy=POLICY, now=START)
+    assert advance(decided, 6_600.0) == []
+    morning = 6_600 + 8 * 3_600
+    write(decided, counts(60, empty=60), counts(0), morning)
+    (ended,) = advance(decided, morning + 60.0)
+    assert (ended.outcome, aliases(decided)[0]) == (RolloutOutcome.ROLLED_BACK, FIRST)
+    assert "empty answers are 100.0%" in ended.reason
 
 
 def test_two_processes_decide_once(decided: Registry, database_url: str, tmp_path: Any) -> None:

@@ -60,12 +60,12 @@ def test_a_file_that_the_setting_names_must_exist(tmp_path: Path) -> None:
 def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "nightly.yaml"
     file.write_text(
-        "canary: {share: 0.1}\ngate: {confidence: 0.9, approval: manual}\n"
+        "gate: {confidence: 0.9, approval: manual}\n"
         "overrides: [{adapters: acme/*, gate: {min_golden: 0.5, max_loss: 0.2}}]\n"
     )
     with pytest.raises(DefinitionInvalid) as refused:
         read_definition(file)
-    names = ["gate.approval", "canary.share", "overrides.0.gate.min_golden"]
+    names = ["gate.approval", "overrides.0.gate.min_golden"]
     assert [text.split()[1] for text in refused.value.problems] == names
     assert refused.value.problems[0] == "nightly.yaml: gate.approval is not available yet; leave it out."
     file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
@@ -120,6 +120,11 @@ def test_every_fault_is_reported_at_once_in_the_order_of_lines() -> None:
         ),
         ("sources:\n  - adapters: acme/*\n", "nightly.yaml:2: sources.1 needs the key url."),
         ("evaluate: {metrics: []}\n", "nightly.yaml:1: evaluate.metrics must contain at least one metric."),
+        (
+            "canary: {share: 0.1}\noverrides:\n- adapters: acme/*\n  watch: {window: 0s}\n",
+            "nightly.yaml:4: overrides.1.watch: window is 0s, but a canary lasts for watch.window; set a longer "
+            "one, or no canary.",
+        ),
         ("gate: {metric: judge}\n", "nightly.yaml:1: gate: metric is judge, which evaluate.metrics does not contain."),
         (
             "adapters: [a/*]\noverrides:\n  - adapters: a/b\n    evaluate:\n      metrics: [token_f1, judge]\n",

@@ -8,7 +8,8 @@ from typing import Any
 from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
 from loramill.pipelines.nightly.report.summarize import RunRecords
-from loramill.types import JobRecord, JobSpec, JobStatus, NightlyRun, NightlyStep, SetAsideData, StepStatus
+from loramill.pipelines.nightly.rollout.overview import RolloutOverview, VersionSignals
+from loramill.types import JobRecord, JobSpec, JobStatus, NightlyRun, NightlyStep, RolloutKind, SetAsideData, StepStatus
 
 RUN = NightlyRun(id="nightly-1", created_at=1_796_000_000.0, finished_at=1_796_004_000.0)
 OLD, NEW = "a" * 64, "b" * 64
@@ -127,3 +128,21 @@ def records(steps: Sequence[NightlyStep], **changes: Any) -> RunRecords:
 
 def aside(adapter: str, run: str = "nightly-0", reason: str = "The disk was full.") -> SetAsideData:
     return SetAsideData(adapter=adapter, run=run, stage="train", reason=reason, train=("file-1",), valid=())
+
+
+def rollout(adapter: str, reason: str) -> RolloutOverview:
+    """A watch that rolled a version back, of which 57 of 1,234 answers were empty."""
+    tried = VersionSignals(version=NEW, requests=1_234, failed=0, empty=57, cut=0, good=1, bad=0, seconds=0.2)
+    return RolloutOverview(
+        adapter=adapter,
+        kind=RolloutKind.WATCH,
+        share=1.0,
+        state="rolled back",
+        reason=reason,
+        run=None,
+        started_at=1.0,
+        ends_at=2.0,
+        ended_at=1.5,
+        tried=tried,
+        compared=tried.model_copy(update={"version": OLD, "requests": 90, "empty": 0}),
+    )

@@ -11,9 +11,9 @@ import pytest
 
 from loramill.pipelines.nightly.report.html import render_html
 from loramill.pipelines.nightly.report.summarize import summarize
-from loramill.types import StepStatus
+from loramill.types import RolloutKind, StepStatus
 
-from .runs import aside, complete, failed, records, step
+from .runs import aside, complete, failed, records, rollout, step
 
 VOID = {"meta", "input", "line", "polyline", "circle", "br"}
 #: End tags that HTML lets a page leave out.
@@ -164,3 +164,12 @@ def test_every_color_has_the_contrast_of_wcag_aa_in_both_modes() -> None:
         for name in ("text", "muted", "good", "bad", "warn", "own", "valid", "third"):
             for ground in ("page", "card"):
                 assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
+
+
+def test_rollouts_have_the_numbers_of_both_versions_and_their_reasons() -> None:
+    watch = rollout("acme/a", f"empty answers rose {ATTACK}")
+    canary = watch.model_copy(update={"kind": RolloutKind.CANARY, "share": 0.2, "state": "under way", "compared": None})
+    text = page_of(complete("acme/a"), rollouts=[canary, watch])
+    for part in ("Canaries and watches", "1,234 / 90", "57 / 0", "watch of", "canary, 20% of", "Empty answers rose"):
+        assert part in text
+    assert ATTACK not in text

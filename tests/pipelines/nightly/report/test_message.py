@@ -11,7 +11,7 @@ from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.pipelines.nightly.report.summarize import summarize
 from loramill.types import NightlyStep, StepStatus
 
-from .runs import complete, failed, records, step
+from .runs import complete, failed, records, rollout, step
 
 
 def report_of(*steps: list[NightlyStep], **changes) -> NightlyReport:
@@ -68,3 +68,11 @@ def test_an_interrupted_run_is_a_problem() -> None:
     waiting = step("acme/a", "collect", {"waiting": "add more"}, StepStatus.PENDING)
     assert should_notify(report_of([waiting], interrupted="away"), "problems")
     assert not should_notify(report_of([waiting]), "changes")
+
+
+def test_a_rollback_since_the_run_before_is_reported() -> None:
+    report = report_of(complete("acme/a", promote=False), rollouts=[rollout("acme/b", "empty answers rose <to> 90%")])
+    assert all(should_notify(report, on) for on in ("problems", "changes", "always"))
+    assert "*Rolled back: 1 adapter*\n• acme/b: empty answers rose &lt;to&gt; 90%" in texts(slack_message(report, "x"))
+    under_way = report.model_copy(update={"rollouts": (report.rollouts[0].model_copy(update={"state": "under way"}),)})
+    assert not should_notify(under_way, "changes")

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.nightly.rollout.policy import RolloutVerdict, decide
+from loramill.pipelines.nightly.rollout.policy import PATIENCE_SECONDS, RolloutVerdict, decide
 from loramill.types import RolloutKind, RolloutState, TrafficCounts, WatchPolicy
 from loramill.types.rollouts import latency_bucket
 
 CONTINUE, PROMOTE, ROLL_BACK = RolloutVerdict
 END = 3600.0
+LAST = END + PATIENCE_SECONDS
 
 
 def counts(requests: int, *, seconds: float = 0.1, **signals: int) -> TrafficCounts:
@@ -61,7 +62,10 @@ GOOD = counts(1000)
         pytest.param(counts(50, errors=5), GOOD, ROLL_BACK, ROLL_BACK, id="some fail"),
         pytest.param(counts(50, errors=2), counts(50, errors=1), CONTINUE, PROMOTE, id="one failure more"),
         pytest.param(counts(100, errors=50), counts(0), ROLL_BACK, ROLL_BACK, id="nothing to compare failures with"),
-        pytest.param(counts(100, empty=50), counts(0), CONTINUE, PROMOTE, id="nothing to compare empty answers with"),
+        pytest.param(counts(100, empty=60), counts(0), CONTINUE, PROMOTE, id="nothing to compare empty answers with"),
+        pytest.param(counts(50, empty=40), counts(0), ROLL_BACK, ROLL_BACK, id="most answers are empty"),
+        pytest.param(counts(50, empty=9), counts(9), CONTINUE, PROMOTE, id="a few empty answers and a short baseline"),
+        pytest.param(counts(50, empty=40), counts(9), ROLL_BACK, ROLL_BACK, id="empty answers and a short baseline"),
         pytest.param(counts(100, empty=30), GOOD, ROLL_BACK, ROLL_BACK, id="empty answers"),
         pytest.param(counts(100, cut=30), GOOD, ROLL_BACK, ROLL_BACK, id="answers at their length limit"),
         pytest.param(counts(100, cut=30), counts(1000, cut=290), CONTINUE, PROMOTE, id="as many as before"),
@@ -74,7 +78,10 @@ GOOD = counts(1000)
 )
 def test_a_version_is_judged_by_its_answers(tried: Any, compared: Any, early: Any, late: Any) -> None:
     assert decide(state(tried, compared), now=END - 1).verdict is early
-    assert decide(state(tried, compared), now=END).verdict is late
+    enough = tried.requests >= WatchPolicy().min_requests
+    assert decide(state(tried, compared), now=END).verdict is (late if enough else CONTINUE)
+    assert decide(state(tried, compared), now=LAST - 1).verdict is (late if enough else CONTINUE)
+    assert decide(state(tried, compared), now=LAST).verdict is late
 
 
 def test_a_canary_without_an_end_is_never_promoted() -> None:
@@ -88,10 +95,19 @@ def test_copies_may_be_slower() -> None:
     assert decide(state(slow, GOOD, kind=RolloutKind.CANARY), now=END).verdict is ROLL_BACK
 
 
+def test_an_hour_in_which_all_adapters_are_slower_rolls_nothing_back() -> None:
+    watch = state(counts(100, seconds=0.3), GOOD, kind=RolloutKind.WATCH)
+    assert decide(watch, now=0).verdict is ROLL_BACK
+    assert decide(watch.model_copy(update={"slowdown": 3.0}), now=0).verdict is CONTINUE
+    slower = state(counts(100, seconds=3.0), GOOD, kind=RolloutKind.WATCH).model_copy(update={"slowdown": 3.0})
+    assert "1.5 times as long is allowed, times 3 as all adapters are slower" in decide(slower, now=0).reason
+
+
 def test_a_watch_with_too_few_requests_moves_nothing() -> None:
     few = state(counts(10, errors=10), GOOD, kind=RolloutKind.WATCH)
-    assert decide(few, now=END).verdict is PROMOTE
-    assert "too few" in decide(few, now=END).reason
+    assert decide(few, now=END).verdict is CONTINUE
+    assert decide(few, now=LAST).verdict is PROMOTE
+    assert "too few" in decide(few, now=LAST).reason
 
 
 def test_reasons_name_rates_and_what_is_allowed() -> None:

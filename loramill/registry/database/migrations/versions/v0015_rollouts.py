@@ -36,7 +36,7 @@ def upgrade() -> None:
         "version_traffic",
         sa.Column("adapter", sa.String(), nullable=False),
         sa.Column("version", sa.String(64), nullable=False),
-        sa.Column("minute", sa.BigInteger(), nullable=False),
+        sa.Column("period", sa.BigInteger(), nullable=False),
         sa.Column("gateway", sa.String(), nullable=False),
         *(
             sa.Column(name, sa.BigInteger(), nullable=False)
@@ -46,6 +46,6 @@ def upgrade() -> None:
         sa.Column("total_seconds", sa.Double(), nullable=False),
         sa.Column("first_token_histogram", sa.JSON(), nullable=False),
         sa.Column("total_histogram", sa.JSON(), nullable=False),
-        sa.PrimaryKeyConstraint("adapter", "version", "minute", "gateway", name="pk_version_traffic"),
+        sa.PrimaryKeyConstraint("adapter", "version", "period", "gateway", name="pk_version_traffic"),
     )
-    op.create_index("ix_version_traffic_minute", "version_traffic", ["minute"])
+    op.create_index("ix_version_traffic_period", "version_traffic", ["period"])
