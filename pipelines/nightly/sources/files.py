@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from loramill.data import jsonl
 from loramill.data.ingest import Columns, read_source
-from loramill.errors import DatasetInvalid, LoramillError
+from loramill.errors import DatasetInvalid, LoramillError, SetupError
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition, SourceDefinition
-from loramill.pipelines.nightly.sources.pattern import glob_of, names_in, owners
+from loramill.pipelines.nightly.sources.pattern import fixed_folder, glob_of, names_in, owners
 from loramill.pipelines.nightly.sources.policy import FileAction, decide
 from loramill.registry import Registry, adapters, datasets, nightly, sources
+from loramill.settings import ServeSettings
 from loramill.storage.object_store import open_filesystem, redacted_url, translate_store_errors
 from loramill.types import SourceFileRecord, SourceProblem, SourceScan
 
 #: Suffixes of files whose lines are checked one by one even if the first of them is wrong.
 _LINES = (".jsonl", ".ndjson")
+#: Maximum size of a file that is read, as of an upload.
+MAX_BYTES = ServeSettings().max_upload_bytes
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,7 @@ class FoundFile:
 
     Attributes:
         state: size and ETag or time of modification.
+        size: in bytes; 0 if storage does not report it.
         modified: seconds since the epoch; None if storage does not report it.
     """
 
@@ -39,6 +49,7 @@ class FoundFile:
     url: str
     names: Mapping[str, str]
     state: str
+    size: int
     modified: float | None
 
 
@@ -56,11 +67,28 @@ class _Findings:
                 self.seen[name] = {each.url: each for each in sources.list_files(session, name)}
         return self.seen[name]
 
+    @contextmanager
+    def problem_of(self, url: str, prefix: str = "") -> Iterator[None]:
+        """Records why a source, or a file of it, could not be read, so that the others are."""
+        try:
+            yield
+        except LoramillError as error:
+            reason = error.message
+        except Exception as error:  # storage and the readers of many formats raise what they like
+            if not isinstance(error, OSError):
+                log.exception("%s could not be read", redacted_url(url))
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            return
+        self.problems.append(SourceProblem(url=redacted_url(url), reason=prefix + reason))
+
     def scan(self) -> SourceScan:
         return SourceScan(added=self.added, waiting=tuple(self.waiting), problems=tuple(self.problems))
 
 
-def scan_sources(registry: Registry, definition: NightlyDefinition, *, now: float | None = None) -> SourceScan:
+def scan_sources(
+    registry: Registry, definition: NightlyDefinition, *, now: float | None = None, max_bytes: int = MAX_BYTES
+) -> SourceScan:
     """Adds the files of all sources that were not read in their present state to the new data of their adapters.
 
     A source or file that cannot be read is reported, and does not stop the others.
@@ -69,45 +97,53 @@ def scan_sources(registry: Registry, definition: NightlyDefinition, *, now: floa
         registry: where datasets and new data are recorded.
         definition: its `sources` are scanned, for the adapters that it includes.
         now: the time of the scan; default: the clock's.
+        max_bytes: larger files are not read, since a file is read into memory.
     """
     findings = _Findings()
     moment = time.time() if now is None else now
     with registry.reading() as session:
         existing = [adapter.name for adapter in adapters.list_adapters(session, None)] if definition.sources else []
     for source in definition.sources:
-        try:
-            files, _ = open_filesystem(source.url)
-            with translate_store_errors(source.url):
-                found = list(find_files(source))
-            for file in found:
-                for name in owners(file.names, source.adapters, existing):
-                    if definition.includes(str(name)):
-                        _look(registry, files, source, file, name, moment, findings)
-        except (LoramillError, OSError) as error:
-            findings.problems.append(SourceProblem(url=redacted_url(source.url), reason=_reason(error)))
+        found: list[FoundFile] = []
+        with findings.problem_of(source.url), translate_store_errors(source.url):
+            found += find_files(source)
+        for file in found:
+            for name in owners(file.names, source.adapters, existing):
+                if definition.includes(str(name)):
+                    with findings.problem_of(file.url, f"{name}: "):
+                        _look(registry, source, file, name, moment, max_bytes, findings)
     return findings.scan()
 
 
 def find_files(source: SourceDefinition) -> Iterator[FoundFile]:
-    """The files that a source's URL matches, by path."""
+    """The files that a source's URL matches, by path.
+
+    Raises:
+        SetupError: no installed backend can open the URL, or it is in a folder of this machine that does not exist.
+    """
     files, pattern = open_filesystem(source.url)
     files.invalidate_cache()
-    for path, info in sorted(files.glob(glob_of(pattern), detail=True).items()):
+    # Object stores have no folders. A folder that is not mounted would look like one without new files for weeks.
+    if isinstance(files, LocalFileSystem) and not (folder := fixed_folder(pattern)).is_dir():
+        raise SetupError(f"There is no folder {folder}: create or mount it, or correct the URL in nightly.yaml.")
+    for path, found in sorted(files.glob(glob_of(pattern), detail=True).items()):
+        info = _linked(path) if found.get("islink") else found
         names = names_in(pattern, path)
         if info.get("type") != "file" or names is None:
             continue
         modified = _modified(info)
         version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or modified
-        yield FoundFile(path, files.unstrip_protocol(path), names, f"{info.get('size')} {version}", modified)
+        size = info.get("size")
+        yield FoundFile(path, files.unstrip_protocol(path), names, f"{size} {version}", size or 0, modified)
 
 
 def _look(
     registry: Registry,
-    files: Any,
     source: SourceDefinition,
     file: FoundFile,
     name: AdapterName,
     now: float,
+    max_bytes: int,
     findings: _Findings,
 ) -> None:
     seen = findings.files(registry, name)
@@ -120,13 +156,14 @@ def _look(
         with registry.writing() as session:
             sources.record_file(session, name, waiting)
     elif action is FileAction.READ:
-        try:
-            with translate_store_errors(file.url):
-                raw = files.cat_file(file.path)
-            findings.added += _add(registry, source, file, name, raw, record, seen)
-        except (LoramillError, OSError) as error:
-            reason = _reason(error)
-            findings.problems.append(SourceProblem(url=redacted_url(file.url), reason=f"{name}: {reason}"))
+        if file.size > max_bytes:
+            raise DatasetInvalid(
+                f"it has {file.size} bytes, and may have {max_bytes} (serve.max_upload_bytes): split it."
+            )
+        files, _ = open_filesystem(source.url)
+        with translate_store_errors(file.url):
+            raw = files.cat_file(file.path)
+        findings.added += _add(registry, source, file, name, raw, record, seen)
 
 
 def _add(
@@ -184,6 +221,15 @@ def convert(filename: str, raw: bytes, source: SourceDefinition) -> bytes:
             return raw
 
 
+def _linked(path: str) -> Mapping[str, Any]:
+    """What a link of this machine leads to; fsspec reports the link itself."""
+    try:
+        found = Path(path).stat()
+    except OSError:  # reading it fails with the reason
+        return {"type": "file", "mtime": 0.0}
+    return {"type": "file" if stat.S_ISREG(found.st_mode) else "other", "size": found.st_size, "mtime": found.st_mtime}
+
+
 def _modified(info: Mapping[str, Any]) -> float | None:
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         value = info.get(key)
@@ -197,7 +243,3 @@ def _modified(info: Mapping[str, Any]) -> float | None:
             except ValueError:
                 continue
     return None
-
-
-def _reason(error: Exception) -> str:
-    return error.message if isinstance(error, LoramillError) else f"{type(error).__name__}: {error}"

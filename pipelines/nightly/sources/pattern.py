@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
 
 from loramill.errors import InvalidRequest
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import matches
 
-_PARTS = re.compile(r"\{(?P<name>tenant|adapter)\}|(?P<glob>\*\*|\*|\?|\[[^\]]*\])|(?P<text>.[^{*?\[]*)", re.DOTALL)
-_GLOBS = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+_PARTS = re.compile(
+    r"\{(?P<name>tenant|adapter)\}|(?P<glob>\*\*/|\*\*|\*|\?|\[[^\]]*\])|(?P<text>.[^{*?\[]*)", re.DOTALL
+)
+#: As fsspec reads them: `**/` is any number of folders, and also none.
+_GLOBS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def glob_of(url: str) -> str:
     """The glob that matches the files of all tenants and adapters: each placeholder becomes `*`."""
     return url.replace("{tenant}", "*").replace("{adapter}", "*")
+
+
+def fixed_folder(pattern: str) -> Path:
+    """The folder of a pattern's files, up to the first part that has a placeholder or a wildcard."""
+    parts = PurePosixPath(pattern).parts[:-1]
+    return Path(*takewhile(lambda part: not set("{*?[") & set(part), parts))
 
 
 def names_in(pattern: str, path: str) -> Mapping[str, str] | None:
@@ -58,7 +69,7 @@ def _expression(pattern: str) -> str:
             parts.append(f"(?P={name})" if name in named else f"(?P<{name}>[^/]+)")
             named.add(name)
         elif glob:
-            parts.append(_GLOBS.get(glob, glob))
+            parts.append(_GLOBS.get(glob) or glob.replace("[!", "[^", 1))
         else:
             parts.append(re.escape(text))
     return "".join(parts)

@@ -23,13 +23,13 @@ def decide(state: str, modified: float | None, seen: SourceFileRecord | None, no
 
     Args:
         state: size and time or ETag of the file.
-        modified: when it was last modified, in seconds since the epoch; None: storage does not report it, and the file
-            is read once two looks find the same state.
+        modified: when it was last modified, in seconds since the epoch; None: storage does not report it. Without it,
+            or if it is in the future, the file is read once two looks find the same state.
         seen: the last look.
         now: the time of this look.
     """
     if seen is not None and seen.settled and seen.state == state:
         return FileAction.SKIP
-    if modified is None:
+    if modified is None or modified > now:
         return FileAction.READ if seen is not None and seen.state == state else FileAction.WAIT
     return FileAction.READ if now - modified >= SETTLE_SECONDS else FileAction.WAIT

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from loramill.errors import DiskFull
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition
+from loramill.pipelines.nightly.sources import files
 from loramill.pipelines.nightly.sources.files import scan_sources
 from loramill.pipelines.nightly.sources.pattern import names_in, owners
 from loramill.pipelines.nightly.sources.policy import FileAction, decide
 from loramill.registry import Registry, datasets, deletion, nightly, sources, tenants
-from loramill.types import SourceFileRecord
+from loramill.types import SourceFileRecord, SourceScan
 
 from ....databases import create_sqlite_database
 
@@ -152,3 +157,103 @@ def test_names_are_taken_from_the_path() -> None:
     ]
     assert owners({"tenant": "bolt"}, ["*"], ["acme/a", "bolt/b"]) == [AdapterName("bolt", "b")]
     assert owners({"tenant": "acme", "adapter": "Bad Name"}, ["*"], []) == []
+
+
+def only_problem(scan: SourceScan) -> str:
+    (problem,) = scan.problems
+    return problem.reason
+
+
+def test_no_folders_between_are_folders_too(registry: Registry, folder: Path) -> None:
+    for place in ("acme/a/x.jsonl", "acme/a/deep/er/y.jsonl"):
+        write(folder / place, lines(place))
+    assert scan_sources(registry, definition(folder / "{tenant}/{adapter}/**/*.jsonl"), now=NOW).added == 2
+    assert new_files(registry) == {"acme/a": ["y.jsonl", "x.jsonl"]}
+    assert names_in("/d/{adapter}/[!._]*", "/d/a/x") == {"adapter": "a"} and names_in("/d/[!._]*", "/d/.x") is None
+
+
+def test_a_folder_that_is_not_there_is_named(registry: Registry, folder: Path) -> None:
+    found = definition(folder / "{tenant}" / "{adapter}" / "*.jsonl")
+    assert only_problem(scan_sources(registry, found, now=NOW)) == (
+        f"There is no folder {folder}: create or mount it, or correct the URL in nightly.yaml."
+    )
+    folder.mkdir()
+    assert scan_sources(registry, found, now=NOW).problems == ()
+
+
+def test_a_file_from_the_future_is_read_at_the_second_look(registry: Registry, folder: Path) -> None:
+    found = definition(folder / "{tenant}" / "{adapter}" / "*.jsonl")
+    write(folder / "acme" / "a" / "x.jsonl", lines("a"), age=-1e6)
+    assert [scan_sources(registry, found, now=NOW).added for _ in range(3)] == [0, 1, 0]
+
+
+def test_links_folders_and_pipes_among_the_files(registry: Registry, folder: Path) -> None:
+    place = folder / "acme" / "a"
+    real = write(folder / "kept" / "real.txt", lines("a"))
+    place.mkdir(parents=True)
+    (place / "link.jsonl").symlink_to(real)
+    (place / "broken.jsonl").symlink_to(folder / "nothing")
+    (place / "loop.jsonl").symlink_to(place / "loop.jsonl")
+    (place / "around.jsonl").symlink_to(folder)
+    (place / "folder.jsonl").mkdir()
+    os.mkfifo(place / "pipe.jsonl")
+    scan = scan_sources(registry, definition(folder / "{tenant}" / "{adapter}" / "*.jsonl"), now=NOW)
+    assert scan.added == 1 and new_files(registry) == {"acme/a": ["link.jsonl"]}
+    assert [each.url.rpartition("/")[2] for each in scan.problems] == ["broken.jsonl", "loop.jsonl"]
+    assert "No such file" in scan.problems[0].reason
+
+
+def test_a_file_that_is_too_large_is_not_read(registry: Registry, folder: Path) -> None:
+    found = definition(folder / "{tenant}" / "{adapter}" / "*.jsonl")
+    write(folder / "acme" / "a" / "x.jsonl", lines("a" * 1000))
+    reason = only_problem(scan_sources(registry, found, now=NOW, max_bytes=1000))
+    assert reason.startswith("acme/a: it has 10") and "may have 1000" in reason
+    assert scan_sources(registry, found, now=NOW).added == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), RuntimeError("no such codec"), DiskFull("The disk is full.")],
+)
+def test_whatever_a_file_raises_the_others_are_read(
+    registry: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    read = files.convert
+
+    def convert(filename: str, *rest: object) -> bytes:
+        if filename == "bad.jsonl":
+            raise error
+        return read(filename, *rest)  # type: ignore[arg-type]
+
+    write(folder / "acme" / "a" / "bad.jsonl", lines("a"))
+    write(folder / "acme" / "b" / "good.jsonl", lines("b"))
+    found = definition(folder / "{tenant}" / "{adapter}" / "*.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "convert", convert)
+        scan = scan_sources(registry, found, now=NOW)
+    assert scan.added == 1 and str(error) in only_problem(scan)
+    assert scan_sources(registry, found, now=NOW).added == 1, "it is read when it can be"
+
+
+def test_files_of_other_stores_are_found(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/nights/acme/a/x.jsonl", lines("a").encode())
+    found = definition("memory://nights/{tenant}/{adapter}/*.jsonl")
+    later = time.time() + 60
+    assert scan_sources(registry, found, now=later).added == 1
+    assert scan_sources(registry, found, now=later) == SourceScan()
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    scan = scan_sources(registry, definition("s3://user:secret@bucket/{tenant}/{adapter}/*"), now=later)
+    assert "s3fs" in only_problem(scan) and "secret" not in scan.model_dump_json()
+
+
+def test_bytes_that_are_not_text_stay_for_the_quarantine(registry: Registry, folder: Path) -> None:
+    path = write(folder / "acme" / "a" / "x.jsonl", lines("a"))
+    path.write_bytes(lines("a").encode() + b'{"prompt": "caf\xe9", "completion": "yes"}\n' + b"\x00" * 10 + b"\n")
+    write(folder / "acme" / "b" / "x.csv", "")
+    (folder / "acme" / "b" / "x.csv").write_bytes("prompt,completion\ncafé,yes\n".encode("latin-1"))
+    for each in (path, folder / "acme" / "b" / "x.csv"):
+        os.utime(each, (NOW - 60, NOW - 60))
+    scan = scan_sources(registry, definition(folder / "{tenant}/{adapter}/*"), now=NOW)
+    assert new_files(registry) == {"acme/a": ["x.jsonl"]}
+    assert only_problem(scan).startswith("acme/b: x.csv: byte 22 is not UTF-8 (in Windows-1252 it is 'é')")
