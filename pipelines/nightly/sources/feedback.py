@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
+from loramill.data.conversation import LineError
 from loramill.data.examples import row_format
 from loramill.data.jsonl import iter_rows
+from loramill.data.preferences import DataKind
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.definition import FeedbackDefinition
@@ -133,10 +137,18 @@ def _form(session: Session, artifacts: ArtifactStore, name: AdapterName, unused:
     """The form of the adapter's other supervised data; without such data, that of the oldest feedback."""
     for file in nightly.next_training_files(session, name):
         with artifacts.open(file.artifact, DATA_FILE) as content:
-            kind, chat = row_format(next(iter_rows(content))[1])
-        if kind == "supervised":
-            return "messages" if chat else "prompt"
+            found = _first_format(content)
+        if found is not None and found[0] == "supervised":
+            return "messages" if found[1] else "prompt"
     return form_of(unused[0]) if unused else "messages"
+
+
+def _first_format(content: BinaryIO) -> tuple[DataKind, bool] | None:
+    """The format of the first valid row; files of sources may have others, which collection quarantines."""
+    for _, row in iter_rows(content):
+        with suppress(LineError):
+            return row_format(row)
+    return None
 
 
 def _freeze(

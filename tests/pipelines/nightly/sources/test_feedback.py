@@ -252,3 +252,15 @@ def test_two_runs_at_once_use_feedback_once(registry: Registry) -> None:
     with ThreadPoolExecutor() as pool:
         made = list(pool.map(lambda _: collect_adapter(registry, str(NAME)).examples, range(4)))
     assert sorted(made) == [0, 0, 0, 5]
+
+
+def test_a_bad_row_of_a_source_does_not_stop_feedback(registry: Registry) -> None:
+    give(registry, text("1", "Q:", " wrong"), correction=" right")
+    raw = b'not JSON\n\xff\n{"prompt": "Q", "completion": ""}\n{"prompt": "Q", "completion": "a"}\n'
+    with registry.writing() as session:
+        for content_ in (b"{\n", raw):
+            artifact = registry.artifacts.put({"data.jsonl": content_})
+            file = datasets.create(session, "acme", "x.jsonl", artifact, len(content_), 1)
+            nightly.add_data(session, NAME, file.id, None)
+    [collected] = collect_feedback(registry)
+    assert (collected.examples, collected.waiting) == (1, 0)
