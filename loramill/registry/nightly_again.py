@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from sqlalchemy import delete, select
@@ -58,11 +59,17 @@ def reopen_run(session: Session, run: str, stages: Collection[str]) -> list[str]
     adapters = sorted({step.adapter for step in steps if step.step in stages} - given_back)
     if not adapters:
         raise Conflict(f"No adapter of the nightly run {run} has reached these stages with data that is still its own.")
-    of_stages = (NightlyStepRow.run == run, NightlyStepRow.step.in_(stages), NightlyStepRow.adapter.in_(adapters))
-    session.execute(delete(NightlyStepRow).where(*of_stages))
-    last.open, last.finished_at = True, None
+    forget_steps(session, run, adapters, stages)
+    # It begins anew: it is the newest run, and its budget of time is not over already.
+    last.open, last.finished_at, last.created_at = True, None, time.time()
     session.flush()
     return adapters
+
+
+def forget_steps(session: Session, run: str, adapters: Collection[str], stages: Collection[str]) -> None:
+    """Deletes the steps of some stages of a run, so that it does them again."""
+    of_stages = (NightlyStepRow.run == run, NightlyStepRow.step.in_(stages), NightlyStepRow.adapter.in_(adapters))
+    session.execute(delete(NightlyStepRow).where(*of_stages))
 
 
 def _check_reopens(session: Session, run: str) -> NightlyRunRow:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from loramill.errors import Conflict
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
@@ -63,8 +65,7 @@ def _promote(context: NightlyContext, adapter: str) -> None:
             except Conflict as error:  # the tenant has pinned the champion
                 final = _held(decision, error.message)
         elif champion == version:
-            reason = f"{decision.reason}; as the first version it is the champion all the same"
-            final = decision.model_copy(update={"reason": reason})
+            final = decision.model_copy(update={"reason": f"{decision.reason}; {_stays(name, collected)}"})
         if final is not decision:
             context.finish(session, adapter, "gate", final.model_dump(mode="json"))
         if not final.promote:
@@ -75,6 +76,13 @@ def _promote(context: NightlyContext, adapter: str) -> None:
         if started is not None:
             result["rollout"] = started.value
         context.finish(session, adapter, "promote", result)
+
+
+def _stays(name: AdapterName, collected: Mapping[str, Any] | None) -> str:
+    """Why a version that the gate does not promote is the champion."""
+    if collected is None or collected["champion"] is None:
+        return "as the first version it is the champion all the same"
+    return f"it was promoted before and stays the champion, until `loramill rollback {name}`"
 
 
 def _held(decision: GateDecision, reason: str) -> GateDecision:

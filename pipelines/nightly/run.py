@@ -22,6 +22,7 @@ from loramill.pipelines.nightly.context import NightlyContext, OnProgress, Repor
 from loramill.pipelines.nightly.definition import NightlyDefinition, load_definition
 from loramill.pipelines.nightly.evaluate import evaluate_all
 from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
+from loramill.pipelines.nightly.older_steps import forget_older_steps
 from loramill.pipelines.nightly.promote import gate_all, promote_all
 from loramill.pipelines.nightly.replay.on_policy import replay_all
 from loramill.pipelines.nightly.rollout.advance import deciding
@@ -74,6 +75,7 @@ def _run_stages(context: NightlyContext) -> NightlyRun:
     with registry.reading() as session:
         adapters_with_data = {data.adapter for data in nightly.pending_data(session)}
     seen = adapters_with_data | {step.adapter for step in context.steps()}
+    forget_older_steps(context)
     add_feedback(context)
     collect_all(context)
     try:
@@ -93,7 +95,7 @@ def _run_stages(context: NightlyContext) -> NightlyRun:
 
 def _scan(context: NightlyContext) -> None:
     """Scans the sources and records the result; a run that is killed before scans again, and adds nothing twice."""
-    found = scan_sources(context.registry, context.definition)
+    found = scan_sources(context.registry, context.definition, max_bytes=context.settings.serve.max_upload_bytes)
     with context.registry.writing() as session:
         context.check_lease(session)
         sources.record_scan(session, context.run.id, found)
