@@ -57,7 +57,7 @@ def progress_bar() -> Progress:
 
 def print_message(sentence: str, style: str | None = None) -> None:
     """Prints a sentence for the user to stderr."""
-    make_console(stderr=True).print(sentence, style=style, soft_wrap=True)
+    make_console(stderr=True).print(_escaped(sentence), style=style, soft_wrap=True)
 
 
 def print_line(text: str) -> None:
@@ -79,7 +79,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], empty: s
     for number, column in enumerate(columns):
         grid.add_column(column, no_wrap=number == 0, overflow="fold")  # a truncated id is useless
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(_escaped, row))
     if grid.row_count:
         make_console().print(grid)
     else:
@@ -90,7 +90,7 @@ def print_fields(pairs: Iterable[tuple[str, Cell]]) -> None:
     """Prints one name and value per line to stdout."""
     grid = Table.grid(padding=(0, 2))
     for name, value in pairs:
-        grid.add_row(Text(name, style="bold"), value)
+        grid.add_row(Text(name, style="bold"), _escaped(value))
     make_console().print(grid)
 
 
@@ -115,6 +115,11 @@ def escape_control_characters(text: str) -> str:
         else letter
         for letter in text
     )
+
+
+def _escaped(cell: Cell) -> Cell:
+    """A text as it may be printed: names of files and reasons of errors can contain what a tenant wrote."""
+    return escape_control_characters(cell) if isinstance(cell, str) else cell
 
 
 def short_version(version: str | None) -> str:

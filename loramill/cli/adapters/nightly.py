@@ -16,7 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from loramill.cli import complete
 from loramill.cli.adapters.rollouts import print_rollouts
 from loramill.cli.arguments import AdapterArgument, JsonFlag
-from loramill.cli.format import Cell, make_console, print_line, print_message, print_table, styled_status
+from loramill.cli.format import (
+    Cell,
+    escape_control_characters,
+    make_console,
+    print_line,
+    print_message,
+    print_table,
+    styled_status,
+)
 from loramill.cli.nightly_registry import open_registry
 from loramill.errors import LeaseLost, LoramillError, NightlyBusy, first_lines
 from loramill.names import AdapterName
@@ -229,7 +237,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[NightlyStep], None], C
 
         def on_step(step: NightlyStep) -> None:
             if not quiet:
-                console.print(describe(step), soft_wrap=True)
+                console.print(escape_control_characters(describe(step)), soft_wrap=True)
 
         yield on_step, on_progress
 
