@@ -120,6 +120,23 @@ def test_each_scheduled_time_has_one_run_over_a_change_of_clocks(world: World) -
     assert len(world.processes) == len(world.runs()) == 4
 
 
+def test_a_time_that_was_missed_over_a_change_of_clocks_is_skipped_or_caught_up(world: World) -> None:
+    for missed, begun in (("skip", []), ("once", [at("2026-10-25T02:30+02:00")])):  # 02:30 occurs twice
+        world.write(f"schedule: {{cron: 30 2 * * *, timezone: Europe/Berlin, missed: {missed}}}\n")
+        world.now = at("2026-10-24T12:00+02:00")
+        scheduler = world.scheduler()
+        scheduler.look()
+        world.now = at("2026-10-25T02:30+01:00")  # an hour after the first 02:30
+        for _ in range(3):
+            scheduler.look()
+            world.now += 60
+        assert world.times() == begun and len(world.processes) == len(begun)
+    world.finish()
+    world.now = at("2026-10-26T02:30+01:00")
+    scheduler.look()
+    assert world.times() == [*begun, world.now]
+
+
 def test_two_schedulers_make_one_run_of_each_time(world: World) -> None:
     schedulers = [world.scheduler(), world.scheduler()]
     for _ in range(4 * 24):
