@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import Engine, event, func, select
 
 from loramill.data.tokenizer import ChatTokenizer
+from loramill.errors import NightlyBusy
 from loramill.models.catalog import Base
 from loramill.registry import adapters, nightly
 from loramill.registry.database.tables import (
@@ -35,6 +36,8 @@ from .simulation import TWELVE, Simulation, labeled, respelled, shuffled, simula
 ADAPTERS = TWELVE[:4]
 #: After this many kills, a process is left alone.
 MOST_KILLS = 40
+#: Exit status of a process that leaves the run to another one.
+BUSY = 9
 Create = Callable[[str], Simulation]
 
 
@@ -64,7 +67,10 @@ def work(folder: Path, kill_at: int | None, pool: Connection) -> None:
         return stored
 
     simulation.registry.artifacts.put = put_or_die  # type: ignore[method-assign]
-    simulation.run()
+    try:
+        simulation.run()
+    except NightlyBusy:
+        os._exit(BUSY)
     (folder / "points").write_text(str(next(points)))
 
 
@@ -74,7 +80,9 @@ def ask(pool: Connection) -> None:
     pool.recv()
 
 
-def work_in_process(simulation: Simulation, kill_at: int | None) -> bool:
+def work_in_process(
+    simulation: Simulation, kill_at: int | None, *, before_training: Callable[[], None] = lambda: None
+) -> bool:
     """Runs `work` while this process is the pool; returns whether it ended by itself."""
     context = multiprocessing.get_context("fork")
     pool, other_end = context.Pipe()
@@ -83,6 +91,7 @@ def work_in_process(simulation: Simulation, kill_at: int | None) -> bool:
     other_end.close()
     with suppress(EOFError, BrokenPipeError):  # the process has ended
         while pool.recv():
+            before_training()
             simulation.train_queued()
             pool.send("trained")
     process.join()
@@ -140,3 +149,23 @@ def test_a_run_killed_at_random_points_ends_as_an_unbroken_one(create: Create, s
     assert kills >= 10
     assert state(broken) == state(unbroken)
     assert state(broken)["aside"] == [(ADAPTERS[3], "collect")]
+
+
+def test_a_second_trigger_leaves_the_run_to_the_first(create: Create) -> None:
+    simulation = create("home")
+    feed(simulation, 1)
+    ended: list[int | None] = []
+
+    def trigger() -> None:
+        context = multiprocessing.get_context("fork")
+        second = context.Process(target=work, args=(simulation.settings.home, None, context.Pipe()[1]))
+        second.start()
+        second.join()
+        ended.append(second.exitcode)
+
+    assert work_in_process(simulation, None, before_training=trigger)
+    assert len(ended) >= 2 and set(ended) == {BUSY}
+    assert sorted(simulation.trained) == sorted(ADAPTERS)
+    with simulation.registry.reading() as session:
+        (run,) = nightly.list_runs(session)
+    assert run.finished_at is not None
