@@ -24,6 +24,7 @@ from loramill.registry.database.tables import (
     JobRow,
     NightlyRunRow,
     NightlyStepRow,
+    VersionRow,
 )
 from loramill.types import (
     AdapterData,
@@ -101,11 +102,10 @@ def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> N
     Raises:
         NotFound: there is no such adapter.
     """
-    champion = adapters.get(session, name).champion
+    adapters.get(session, name)
     statement = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
     rows = session.scalars(statement).all()
-    job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
-    old = job.spec["train"] if job else ""
+    old = _champions_file(session, name) or ""
     sizes = datasets.example_counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
     replay = min(new_data.REPLAY_EXAMPLES, sizes.get(old, 0))
     examples = sum(sizes.get(row.train, 0) for row in rows)
@@ -121,12 +121,9 @@ def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> N
 
 def next_training_files(session: Session, name: AdapterName | str) -> list[DatasetRecord]:
     """Returns the existing files that the next nightly run trains an adapter on: the champion's, then new ones."""
-    champion = session.scalar(
-        select(AliasRow.version).where(AliasRow.adapter == str(name), AliasRow.alias == Alias.CHAMPION)
-    )
-    job = session.get(JobRow, adapters.get_version(session, champion).job or "") if champion else None
+    old = _champions_file(session, name)
     new = select(AdapterDataRow.train).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))
-    ids = [*([job.spec["train"]] if job else []), *session.scalars(new)]
+    ids = [*([] if old is None else [old]), *session.scalars(new)]
     found = (session.get(DatasetRow, each) for each in ids)
     return [DatasetRecord.model_validate(row) for row in found if row is not None]
 
@@ -286,6 +283,22 @@ def finish_run(session: Session, run: str) -> NightlyRun:
         row.open, row.finished_at = None, time.time()
         session.flush()
     return NightlyRun.model_validate(row)
+
+
+def _champions_file(session: Session, name: AdapterName | str) -> str | None:
+    """The file of examples that the champion was trained on, or the version that it continues with preferences."""
+    version = session.scalar(
+        select(AliasRow.version).where(AliasRow.adapter == str(name), AliasRow.alias == Alias.CHAMPION)
+    )
+    while version is not None:
+        row = session.get(VersionRow, (str(name), version))
+        job = session.get(JobRow, row.job) if row is not None and row.job is not None else None
+        if job is None:
+            return None
+        if job.spec.get("objective", "sft") == "sft":
+            return str(job.spec["train"])
+        version = job.spec.get("start_from")
+    return None
 
 
 def _failed(session: Session, name: AdapterName | str | None) -> list[tuple[str, NightlyStepRow, list[AdapterDataRow]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from loramill.errors import TrainingDiverged
 from loramill.pipelines.nightly.collection.past import read_rows
 from loramill.pipelines.nightly.outcome import Verdict
-from loramill.registry import adapters, content, jobs
+from loramill.registry import adapters, content, jobs, nightly
 from loramill.types import ContentSide, JobRecord, JobStatus
 
 from ..test_run import Cluster, only, rows
@@ -77,6 +77,8 @@ def test_examples_come_first_and_the_preferences_continue_their_version(cluster:
     assert preferences.spec.start_from == examples.version
     assert result(cluster)["choice"] == "Then trained on preferences."
     assert outcome.verdict is Verdict.PROMOTED and cluster.champion("acme/a") == preferences.version
+    with cluster.registry.reading() as session:
+        assert [each.id for each in nightly.next_training_files(session, "acme/a")] == [examples.spec.train]
     # The next run continues from there, and replays the examples of the lineage.
     champion = str(cluster.champion("acme/a"))[:12]
     cluster.right = lambda model: "@" in model and champion not in model
