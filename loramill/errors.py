@@ -320,6 +320,12 @@ class EngineFault(LoramillError):
     code = "engine_fault"
 
 
+class EvaluationError(LoramillError):
+    """A scorer or a judge gave no score for an answer, or what was evaluated is not enough for a decision."""
+
+    code = "evaluation_failed"
+
+
 class JobError(LoramillError):
     """A fine-tune job cannot continue."""
 

@@ -7,6 +7,9 @@ the completion is trained. Blank lines are skipped.
 An assistant's message, or a line of completion data, may have a `"weight"`: 0 is not trained, 2 counts twice; as in
 OpenAI's format, the default is 1.
 
+A line may have `"metadata"`, an object of texts, numbers and booleans, which is not trained: evaluations are divided by
+its fields.
+
 Preference data has a better and a worse answer on each line, or one with a label, and is read by `preferences.py`.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loramill.data.conversation import (
@@ -27,7 +30,7 @@ from loramill.data.conversation import (
     refuse_other_keys,
 )
 from loramill.data.filetype import describe_kind, detect_kind
-from loramill.data.jsonl import iter_rows, parse
+from loramill.data.jsonl import iter_rows, parse, short_repr
 from loramill.data.messages import Message
 from loramill.data.preferences import DataKind, JudgedPrompt, kind_of, read_judged
 from loramill.data.problems import ProblemList, list_first, unit_of
@@ -51,6 +54,7 @@ class Example:
         tools: the tools of chat data, in the form that chat templates take.
         rejected: the same prompt with a worse answer.
         label: whether the answer is good; None: the data has no labels.
+        metadata: what the line says about itself.
     """
 
     messages: tuple[Message, ...]
@@ -61,6 +65,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     rejected: Example | None = None
     label: bool | None = None
+    metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
 
     @property
     def kind(self) -> DataKind:
@@ -177,6 +182,23 @@ def read_row(row: bytes, line: int) -> Example:
         raise LineError(error.message) from error
     if not isinstance(value, dict):
         raise LineError(f"it is not an object; {_FORMATS_HINT}.")
+    metadata = _read_metadata(value.pop("metadata", None))
+    example = _read_example(value, line)
+    return replace(example, metadata=metadata) if metadata else example
+
+
+def _read_metadata(value: object) -> dict[str, str | float | bool]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise LineError(f"metadata is {short_repr(value)}; it must be an object.")
+    wrong = next((key for key, item in value.items() if not isinstance(item, str | int | float)), None)
+    if wrong is not None:
+        raise LineError(f"metadata.{wrong} is {short_repr(value[wrong])}; it must be text, a number, true or false.")
+    return value
+
+
+def _read_example(value: dict[str, Any], line: int) -> Example:
     if kind_of(value) != "supervised":
         return _judged_example(read_judged(value), line)
     value = {key: item for key, item in value.items() if key != "label"}  # null: there is none

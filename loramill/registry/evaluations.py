@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,7 @@ from loramill.registry import ArtifactStore, adapters
 from loramill.registry.database.tables import EvaluationRow
 from loramill.types import EvaluationRecord, ExampleResult
 
-_RESULTS_FILE = "results.jsonl"
+_RESULTS_FILE, _LEFT_FILE = "results.jsonl", "left.json"
 
 
 def add(
@@ -56,13 +57,35 @@ def list_evaluations(session: Session, name: AdapterName | str) -> list[Evaluati
     return [EvaluationRecord.model_validate(row) for row in session.scalars(statement)]
 
 
-def store_results(artifacts: ArtifactStore, results: Sequence[ExampleResult]) -> str:
+def store_results(
+    artifacts: ArtifactStore, results: Sequence[ExampleResult], left: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """Stores results per example as JSONL, and returns the artifact's hash for `add`.
+
+    Args:
+        artifacts: the store.
+        results: the results.
+        left: hashes of the examples that were not evaluated, by slice.
 
     Raises:
         DiskFull, StoreUnusable, Unavailable: as `ArtifactStore.put`.
     """
-    return artifacts.put({_RESULTS_FILE: "".join(f"{each.model_dump_json()}\n" for each in results).encode()})
+    files = {_RESULTS_FILE: "".join(f"{each.model_dump_json()}\n" for each in results).encode()}
+    if left:
+        files[_LEFT_FILE] = json.dumps(left).encode()
+    return artifacts.put(files)
+
+
+def read_left(artifacts: ArtifactStore, artifact: str) -> dict[str, tuple[str, ...]]:
+    """Reads the hashes of the examples that were not evaluated, by slice.
+
+    Raises:
+        ArtifactMissing, ArtifactCorrupt, StoreUnusable, Unavailable: as `ArtifactStore.read`.
+    """
+    if _LEFT_FILE not in artifacts.manifest(artifact).files:
+        return {}
+    left = json.loads(artifacts.read(artifact, _LEFT_FILE))
+    return {name: tuple(each) for name, each in left.items()}
 
 
 def read_results(artifacts: ArtifactStore, artifact: str) -> list[ExampleResult]:

@@ -1,22 +1,35 @@
-"""The evaluation stage: base, previous, champion and challenger of every adapter on the same held-out examples."""
+"""The evaluation stage: base, previous, champion and challenger of every adapter on the same held-out examples.
+
+All adapters are asked in rounds, a chunk of examples of each, and leave once their decision is certain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import LoramillError
 from loramill.pipelines.nightly.context import TRANSIENT_ERRORS, NightlyContext, NightlyProgress
 from loramill.pipelines.nightly.evaluation.plan import EvalPlan, plan_evaluation
+from loramill.pipelines.nightly.evaluation.progress import Evaluation
 from loramill.pipelines.nightly.evaluation.results import mean_scores
+from loramill.pipelines.nightly.evaluation.scores import needs_answers, score_chunk
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_loss_questions, build_questions
-from loramill.pipelines.nightly.scoring import score_example
 from loramill.registry import evaluations
-from loramill.types import Candidate, ExampleResult
+from loramill.types import Candidate
 
-#: Answers by candidate, and whether they are losses instead, in the order of the examples.
-Answers = Mapping[tuple[Candidate, bool], Sequence[EvalAnswer | LoramillError]]
+#: A candidate, and whether its losses are asked for instead of answers.
+_Kind = tuple[Candidate, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The questions and answers of an adapter in one round, by kind."""
+
+    questions: dict[_Kind, list[EvalQuestion]]
+    answers: dict[_Kind, list[EvalAnswer | LoramillError]]
 
 
 def evaluate_all(context: NightlyContext) -> None:
@@ -25,72 +38,118 @@ def evaluate_all(context: NightlyContext) -> None:
     Raises:
         NotRunning, Unavailable: the gateway is unreachable.
     """
-    plans: dict[str, EvalPlan] = {}
+    evaluated: dict[str, Evaluation] = {}
 
     def prepare(adapter: str) -> None:
-        plans[adapter] = plan_evaluation(context, adapter)
+        evaluated[adapter] = Evaluation(plan_evaluation(context, adapter))
 
     for adapter in context.remaining("evaluate"):
-        context.attempt(adapter, "evaluate", partial(prepare, adapter))
-    if not plans:
+        _attempt(context, adapter, partial(prepare, adapter))
+    if not evaluated:
         return
-    for adapter, answers in _ask(context, plans).items():
-        context.attempt(adapter, "evaluate", partial(_record, context, plans[adapter], answers))
-
-
-def _ask(context: NightlyContext, plans: Mapping[str, EvalPlan]) -> dict[str, Answers]:
-    """Sends the questions of all adapters together, so that they share the engine's batches."""
     tokenizer = ChatTokenizer.load(context.base.folder)
-    questions: dict[str, dict[tuple[Candidate, bool], list[EvalQuestion]]] = {}
+    done = 0
+    while evaluated:
+        rounds = _ask(context, evaluated, tokenizer, done)
+        for adapter in list(evaluated):
+            evaluation, sent = evaluated[adapter], rounds.get(adapter)
+            taken = sent is not None and _attempt(context, adapter, partial(_take, context, evaluation, sent))
+            if not taken or evaluation.ended:
+                del evaluated[adapter]
+        done += sum(len(each) for one in rounds.values() for each in one.questions.values())
+
+
+def _attempt(context: NightlyContext, adapter: str, work: partial[None]) -> bool:
+    """Does a step's work. Returns whether it succeeded.
+
+    If it fails for the first time and for a transient reason, the step stays pending with that reason, and the next run
+    asks again.
+    """
+    waits = False
+
+    def work_or_wait() -> None:
+        nonlocal waits
+        try:
+            work()
+        except TRANSIENT_ERRORS as error:
+            if "error" in context.in_progress("evaluate").get(adapter, {}):
+                raise
+            waits, reason = True, error.message if isinstance(error, LoramillError) else str(error)
+            with context.registry.writing() as session:
+                context.report(context.record_pending(session, adapter, "evaluate", {"error": reason}))
+
+    return context.attempt(adapter, "evaluate", work_or_wait) and not waits
+
+
+def _ask(
+    context: NightlyContext, evaluated: dict[str, Evaluation], tokenizer: ChatTokenizer, done: int
+) -> dict[str, _Round]:
+    """Sends the next questions of all adapters together, so that they share the engine's batches."""
+    questions: dict[str, dict[_Kind, list[EvalQuestion]]] = {}
 
     def build(adapter: str) -> None:
-        questions[adapter] = dict(_questions(plans[adapter], tokenizer))
+        questions[adapter] = dict(_questions(evaluated[adapter], tokenizer))
 
-    for adapter in plans:
+    for adapter in evaluated:
         context.attempt(adapter, "evaluate", partial(build, adapter))
     flat = [each for by_kind in questions.values() for kind in by_kind.values() for each in kind]
+    later = sum(
+        (len(each.plan.examples) - each.finished - len(each.next_chunk())) * _per_example(each.plan)
+        for each in evaluated.values()
+    )
 
-    def report(done: int) -> None:
-        context.progress(NightlyProgress("evaluate", None, done, len(flat), "answers"))
+    def report(answered: int) -> None:
+        total = done + len(flat) + later
+        context.progress(NightlyProgress("evaluate", None, done + answered, total, "answers"))
 
     report(0)
     found = iter(context.gateway.answer_all(flat, report) if flat else ())
     return {
-        adapter: {kind: [next(found) for _ in each] for kind, each in by_kind.items()}
+        adapter: _Round(by_kind, {kind: [next(found) for _ in each] for kind, each in by_kind.items()})
         for adapter, by_kind in questions.items()
     }
 
 
-def _questions(plan: EvalPlan, tokenizer: ChatTokenizer) -> Iterator[tuple[tuple[Candidate, bool], list[EvalQuestion]]]:
-    examples = [each.example for each in plan.examples]
+def _per_example(plan: EvalPlan) -> int:
+    kinds = needs_answers(plan) + ("loss" in plan.definition.computed_metrics)
+    return kinds * len(plan.candidates)
+
+
+def _questions(evaluation: Evaluation, tokenizer: ChatTokenizer) -> Iterator[tuple[_Kind, list[EvalQuestion]]]:
+    plan, examples = evaluation.plan, [each.example for each in evaluation.next_chunk()]
     for candidate in plan.candidates:
-        if set(plan.metrics) != {"loss"}:
+        if needs_answers(plan):
             yield (candidate.role, False), build_questions(candidate.model, examples, tokenizer)
-        if "loss" in plan.metrics:
+        if "loss" in plan.definition.computed_metrics:
             yield (candidate.role, True), build_loss_questions(candidate.model, examples, tokenizer)
 
 
-def _record(context: NightlyContext, plan: EvalPlan, answers: Answers) -> None:
-    """Records an adapter's scores.
+def _take(context: NightlyContext, evaluation: Evaluation, sent: _Round) -> None:
+    """Scores the answers of a round, and records the evaluation once it has ended.
 
-    Where answers are missing for the first time and for a transient reason, the step stays pending with that reason,
-    and the next run asks again; else the reason is raised.
+    Raises:
+        LoramillError: an answer is missing, or the scorer or the judge fails.
     """
-    every = [each for by_kind in answers.values() for each in by_kind]
-    errors = [each for each in every if isinstance(each, LoramillError)]
-    if errors:
-        retried = "error" in context.in_progress("evaluate").get(plan.adapter, {})
-        if retried or not isinstance(errors[0], TRANSIENT_ERRORS):
-            raise errors[0]
-        with context.registry.writing() as session:
-            context.report(context.record_pending(session, plan.adapter, "evaluate", {"error": errors[0].message}))
-        return
-    results = _results(plan, answers)
+    answers = {kind: [_answered(each) for each in found] for kind, found in sent.answers.items()}
+    evaluation.add(score_chunk(evaluation.plan, evaluation.next_chunk(), answers))
+    evaluation.answers += sum(map(len, answers.values()))
+    evaluation.tokens += sum(each.tokens for found in answers.values() for each in found)
+    if evaluation.ended:
+        _record(context, evaluation)
+
+
+def _answered(answer: EvalAnswer | LoramillError) -> EvalAnswer:
+    if isinstance(answer, LoramillError):
+        raise answer
+    return answer
+
+
+def _record(context: NightlyContext, evaluation: Evaluation) -> None:
+    plan, left = evaluation.plan, evaluation.left
     # Stored before the transaction that refers to it: a run that is killed in between stores the same artifact again.
-    artifact = evaluations.store_results(context.registry.artifacts, results)
-    slices = mean_scores(results)
+    artifact = evaluations.store_results(context.registry.artifacts, evaluation.results, left)
+    slices = mean_scores(evaluation.results)
     versions = {each.role: each.version for each in plan.candidates}
-    tokens = sum(each.tokens for each in every if isinstance(each, EvalAnswer))
     with context.registry.writing() as session:
         for name, by_candidate in slices.items():
             for role, means in by_candidate.items():
@@ -98,45 +157,19 @@ def _record(context: NightlyContext, plan: EvalPlan, answers: Answers) -> None:
                     session,
                     plan.adapter,
                     version=versions[role],
-                    dataset=plan.datasets[name],
+                    dataset=plan.dataset(name),
                     slice=name,
                     examples=int(means["examples"]),
                     metrics={metric: mean for metric, mean in means.items() if metric != "examples"},
                     results=artifact,
                 )
-        metric = context.definition.for_adapter(plan.adapter).gate.metric
-        cost = {"answers": len(every), "tokens_answered": tokens}
-        context.finish(
-            session, plan.adapter, "evaluate", {"slices": slices, "results": artifact, "metric": metric} | cost
-        )
-
-
-def _results(plan: EvalPlan, answers: Answers) -> list[ExampleResult]:
-    """The results of all candidates, each example once."""
-    found = []
-    for candidate in plan.candidates:
-        texts, losses = (list(answers.get((candidate.role, loss), ())) for loss in (False, True))
-        for index, held in enumerate(plan.examples):
-            answer = _answer(texts, index)
-            scores = score_example(answer.text, held.example.completion, plan.metrics)
-            if (loss := _answer(losses, index).loss) is not None:
-                scores["loss"] = loss
-            found.append(
-                ExampleResult(
-                    example=held.digest,
-                    candidate=candidate.role,
-                    version=candidate.version,
-                    scores=scores,
-                    answer=answer.text,
-                    truncated=answer.truncated,
-                    slices=held.slices,
-                )
-            )
-    return found
-
-
-def _answer(answers: Sequence[EvalAnswer | LoramillError], index: int) -> EvalAnswer:
-    """The answer to a question; an empty one if it was not asked."""
-    found = answers[index] if answers else EvalAnswer("")
-    assert isinstance(found, EvalAnswer)
-    return found
+        result = {
+            "slices": slices,
+            "results": artifact,
+            "metric": plan.gate.metric,
+            "examples": evaluation.finished,
+            "examples_left": len(plan.examples) - evaluation.finished,
+            "answers": evaluation.answers,
+            "tokens_answered": evaluation.tokens,
+        }
+        context.finish(session, plan.adapter, "evaluate", result)

@@ -9,9 +9,8 @@ from typing import Any
 from loramill.errors import Conflict
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
-from loramill.pipelines.nightly.evaluation.results import pair
+from loramill.pipelines.nightly.evaluation.progress import decide_recorded
 from loramill.pipelines.nightly.gate.candidates import GateDecision, GateVerdict
-from loramill.pipelines.nightly.gate.policy import decide
 from loramill.pipelines.nightly.rollout.introduce import introduce
 from loramill.registry import adapters, evaluations
 from loramill.types import Alias
@@ -24,10 +23,9 @@ def gate_all(context: NightlyContext) -> None:
 
 
 def _gate(context: NightlyContext, adapter: str) -> None:
-    artifact = context.finished(adapter, "evaluate")["results"]
-    policy = context.definition.for_adapter(adapter).gate
-    slices, golden = pair(evaluations.read_results(context.registry.artifacts, artifact), policy.metric)
-    decision = decide(slices, golden, policy).model_copy(update={"metric": policy.metric})
+    artifacts, artifact = context.registry.artifacts, context.finished(adapter, "evaluate")["results"]
+    results, left = evaluations.read_results(artifacts, artifact), evaluations.read_left(artifacts, artifact)
+    decision = decide_recorded(results, left, context.definition.for_adapter(adapter).gate)
     with context.registry.writing() as session:
         context.finish(session, adapter, "gate", decision.model_dump(mode="json"))
 

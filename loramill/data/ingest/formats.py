@@ -16,6 +16,10 @@ from loramill.errors import DatasetInvalid, InvalidRequest
 Cells = Mapping[str, Any]
 
 
+#: What a row says about itself, such as its topic; it is not trained.
+METADATA = "metadata"
+
+
 @dataclass(frozen=True, slots=True)
 class RowFormat:
     """A format of training data.
@@ -34,8 +38,22 @@ class RowFormat:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Required and optional fields."""
-        return (*self.required, *self.optional)
+        """Required and optional fields, and the metadata that a row of any format may have."""
+        return (*self.required, *self.optional, METADATA)
+
+    def convert(self, cells: Cells) -> dict[str, Any]:
+        """The gateway's line, with the texts, numbers and booleans of the metadata.
+
+        Raises:
+            CellError: what is wrong.
+        """
+        found = cells.get(METADATA)
+        metadata = {key: value for key, value in found.items() if _is_scalar(value)} if isinstance(found, dict) else {}
+        return self.to_line(cells) | ({METADATA: metadata} if metadata else {})
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float)
 
 
 class CellError(Exception):

@@ -121,7 +121,7 @@ class RowReader:
             for field, value in cells.items():
                 _check_json(field, value)
             cells = {field: _without_nulls(value) for field, value in cells.items()}
-        return self._format.to_line(cells)
+        return self._format.convert(cells)
 
     def _choose_format(self, names: list[str] | tuple[str, ...]) -> None:
         """Chooses the format by the header, or by the keys of the first row."""

@@ -9,8 +9,7 @@ from loramill.pipelines.nightly.definition.schema import AdapterDefinition, Nigh
 #: By section; None stands for all keys.
 UNAVAILABLE: dict[str, tuple[str, ...] | None] = {
     "split": ("by",),
-    "evaluate": ("scorer", "judge", "slices_by", "golden"),
-    "gate": ("approval", "min_golden"),
+    "gate": ("approval",),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from loramill.durations import format_duration
-from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE
+from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE, EvaluateDefinition, GateDefinition
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
 from loramill.pipelines.nightly.definition.training import (
     BudgetDefinition,
@@ -41,6 +41,7 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
         ("training", _training(definition.train)),
         ("replay", _replay(definition.replay)),
         ("metrics", ", ".join(definition.evaluate.computed_metrics)),
+        *_evaluation(definition.evaluate, gate),
         (
             "gate",
             f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of at least {gate.min_gain:g} on new "
@@ -51,6 +52,21 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
         ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
     ]
     return found + [("override", f"for {listed(each.adapters)}") for each in definition.overrides]
+
+
+def _evaluation(evaluate: EvaluateDefinition, gate: GateDefinition) -> list[tuple[str, str]]:
+    """What is set."""
+    found = []
+    if evaluate.scorer is not None:
+        limit = _text(evaluate.scorer_time_limit)
+        found.append(("scorer", f"{evaluate.scorer}, in a process of its own, with {limit} for a chunk of answers"))
+    if evaluate.judge is not None:
+        found.append(("judge", f"{evaluate.judge.model} at {evaluate.judge.url}, which gets questions and answers"))
+    if evaluate.slices_by is not None:
+        found.append(("slices", f"by {evaluate.slices_by} in the metadata of examples"))
+    if evaluate.golden is not None:
+        found.append(("golden set", f"{evaluate.golden}; {gate.min_golden:.0%} must be right"))
+    return found
 
 
 def _schedule(schedule: ScheduleDefinition, next_times: list[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -27,18 +28,34 @@ def _check_metrics(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
     return metrics
 
 
+def _check_variable(value: str) -> str:
+    if not re.fullmatch(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}", value):
+        raise ValueError("must be ${NAME}, an environment variable, since a file is not a place for secrets")
+    return value
+
+
+def _check_prompt(value: str) -> str:
+    if "{answer}" not in value:
+        raise ValueError("must contain {answer}")
+    return value
+
+
 class JudgeDefinition(FrozenModel):
     """A language model that scores answers, behind any endpoint in OpenAI's format."""
 
     url: WebUrl = Field(description="URL of the endpoint up to and with /v1; may contain ${NAME}, a variable.")
     model: str = Field(min_length=1, description="Name of the model.")
-    prompt: str | None = Field(
+    prompt: Annotated[str, AfterValidator(_check_prompt)] | None = Field(
         default=None,
         description="Instruction to the judge, in which {question}, {reference} and {answer} are replaced; it has to "
-        "request a score from 0 to 10. Unset: a built-in one.",
+        "request a score from 0 to 10, the last number of the judge's answer. Unset: a built-in one.",
     )
-    api_key: str | None = Field(
+    api_key: Annotated[str, AfterValidator(_check_variable)] | None = Field(
         default=None, description="API key, as ${NAME}: the environment variable that contains it."
+    )
+    options: dict[str, Any] = Field(
+        default={"temperature": 0},
+        description="Further fields of the requests, such as {reasoning_effort: low, max_completion_tokens: 500}.",
     )
 
 
@@ -53,16 +70,26 @@ class EvaluateDefinition(FrozenModel):
     scorer: PythonFunction | None = Field(
         default=None,
         description="A Python function for the metric `scorer`, as package.module:function or folder/file.py:function. "
-        "It gets the question, the reference and the answer, and returns 0 to 1.",
+        "It gets the question, the reference and the answer, and returns 0 to 1. It runs in a process of its own.",
+    )
+    scorer_time_limit: Duration = Field(
+        default=timedelta(minutes=2), description="Time that the scorer has for a chunk of an adapter's answers."
     )
     judge: JudgeDefinition | None = Field(default=None, description="The model for the metric `judge`.")
     slices_by: str | None = Field(
-        default=None, description="Field of the rows by whose values held-out examples are divided into slices."
+        default=None,
+        description="Field of the rows' `metadata` by whose values held-out examples are divided into slices, each "
+        "with at least 5 examples.",
     )
     golden: Location | None = Field(
         default=None,
         description="Examples that a challenger has to answer right: a path or URL, in which {tenant} and {adapter} "
         "are replaced, or the ID of a dataset.",
+    )
+    stop_early: bool = Field(
+        default=True,
+        description="Whether an adapter's evaluation stops once the remaining examples cannot change whether its "
+        "challenger is promoted.",
     )
 
     @property

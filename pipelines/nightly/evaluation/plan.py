@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,15 @@ from loramill.data.examples import Example, read_examples
 from loramill.errors import NotFound
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
-from loramill.pipelines.nightly.definition import Metric
-from loramill.pipelines.nightly.evaluation.results import HeldOutExample, held_out_examples
+from loramill.pipelines.nightly.definition import EvaluateDefinition, GateDefinition
+from loramill.pipelines.nightly.evaluation.golden import read_golden
+from loramill.pipelines.nightly.evaluation.results import (
+    GOLDEN_SLICE,
+    HeldOutExample,
+    divided,
+    held_out_examples,
+    slice_kind,
+)
 from loramill.registry import adapters, datasets
 from loramill.types import Candidate
 
@@ -36,16 +43,20 @@ class EvalPlan:
     """What an adapter is evaluated on.
 
     Attributes:
-        datasets: the dataset of each slice.
-        examples: each once, in the order in which they are asked.
-        metrics: the scores to compute.
+        datasets: the dataset of each whole slice.
+        examples: each once, in the order in which they are asked: golden ones, new ones, old ones.
     """
 
     adapter: str
     candidates: tuple[EvalCandidate, ...]
     datasets: Mapping[str, str]
     examples: tuple[HeldOutExample, ...]
-    metrics: tuple[Metric, ...]
+    definition: EvaluateDefinition
+    gate: GateDefinition
+
+    def dataset(self, slice_: str) -> str:
+        """The dataset of a slice; a part, such as `new:topic=tax`, is in that of the whole."""
+        return self.datasets[slice_.partition(":")[0]]
 
 
 def plan_evaluation(context: NightlyContext, adapter: str) -> EvalPlan:
@@ -53,16 +64,33 @@ def plan_evaluation(context: NightlyContext, adapter: str) -> EvalPlan:
 
     Raises:
         NotFound: the adapter, a version or a slice was deleted.
+        SettingsInvalid, Unavailable, DatasetInvalid: the golden set cannot be read.
     """
     collected, trained = context.finished(adapter, "collect"), context.finished(adapter, "train")
-    slices = {name: load_examples(context, dataset) for name, dataset in collected["slices"].items()}
+    definition = context.definition.for_adapter(adapter)
+    frozen: Mapping[str, str] = collected["slices"]
+    slices: dict[str, Sequence[Example]] = {
+        name: load_examples(context, frozen[name]) for name in sorted(frozen, key=_rank)
+    }
+    if definition.evaluate.slices_by is not None:
+        slices = divided(slices, definition.evaluate.slices_by)
+    golden = {}
+    if definition.evaluate.golden is not None:
+        dataset, examples = read_golden(context.registry, AdapterName.parse(adapter), definition.evaluate.golden)
+        golden, slices = {GOLDEN_SLICE: dataset}, {GOLDEN_SLICE: examples} | slices
     return EvalPlan(
         adapter=adapter,
         candidates=_candidates(context, adapter, collected, trained["version"]),
-        datasets=collected["slices"],
+        datasets={**frozen, **golden},
         examples=tuple(held_out_examples(slices)),
-        metrics=context.definition.for_adapter(adapter).evaluate.computed_metrics,
+        definition=definition.evaluate,
+        gate=definition.gate,
     )
+
+
+def _rank(slice_: str) -> bool:
+    """New examples first: a challenger that gains nothing on them needs no old ones."""
+    return slice_kind(slice_) == "old"
 
 
 def _candidates(

@@ -16,8 +16,10 @@ from loramill.pipelines.nightly.gate.candidates import GoldenScore, PairedScores
 from loramill.types import Candidate, ExampleResult
 
 OLD_SLICE, NEW_SLICE, GOLDEN_SLICE = "before", "new", "golden"
-#: What makes the answer to a golden example right, where it is computed; else the gate's own metric does.
-GOLDEN_METRIC = "exact_match"
+#: Metrics by which an answer is right if its score is 1; by the others, it is right if it equals the reference.
+_RIGHT_BY = ("json_valid", "scorer", "judge")
+#: Fewer examples cannot show a loss with 95% confidence: 2^-5 = 0.03.
+LEAST_OF_A_SLICE = 5
 #: Metrics of which less is better; the gate compares their negatives.
 LOWER_IS_BETTER = ("loss",)
 
@@ -35,6 +37,22 @@ class HeldOutExample:
     digest: str
     example: Example
     slices: tuple[str, ...]
+
+
+def divided(slices: Mapping[str, Sequence[Example]], field: str) -> dict[str, Sequence[Example]]:
+    """The slices, with a further one for each value of a field of the metadata, such as `new:topic=tax`.
+
+    Values with fewer than `LEAST_OF_A_SLICE` examples get none.
+    """
+    found: dict[str, Sequence[Example]] = {}
+    for name, examples in slices.items():
+        found[name] = examples
+        parts: dict[str, list[Example]] = {}
+        for example in examples:
+            if field in example.metadata:
+                parts.setdefault(f"{name}:{field}={example.metadata[field]}", []).append(example)
+        found |= {part: each for part, each in sorted(parts.items()) if len(each) >= LEAST_OF_A_SLICE}
+    return found
 
 
 def held_out_examples(slices: Mapping[str, Sequence[Example]]) -> list[HeldOutExample]:
@@ -61,7 +79,7 @@ def mean_scores(results: Sequence[ExampleResult]) -> dict[str, dict[Candidate, d
 
 
 def _means(results: Sequence[ExampleResult]) -> dict[str, float]:
-    metrics = results[0].scores
+    metrics = [metric for metric in results[0].scores if all(metric in each.scores for each in results)]
     means = {metric: sum(each.scores[metric] for each in results) / len(results) for metric in metrics}
     return {"examples": len(results)} | means
 
@@ -81,13 +99,18 @@ def pair(results: Sequence[ExampleResult], metric: str) -> tuple[list[PairedSlic
     for digest, of_example in by_example.items():
         scores = {candidate: _score(digest, of_example.get(candidate), candidate, metric) for candidate in candidates}
         challenger = of_example["challenger"]
-        golden_score = challenger.scores.get(GOLDEN_METRIC, scores["challenger"])
         for name in challenger.slices:
             if name == GOLDEN_SLICE:
-                golden.append(GoldenScore(digest, golden_score, challenger.answer))
+                right = _score(digest, challenger, "challenger", golden_metric(metric))
+                golden.append(GoldenScore(digest, right, challenger.answer))
             else:
                 slices.setdefault(name, []).append(PairedScores(digest, **scores))
     return [PairedSlice(name, slice_kind(name), tuple(each)) for name, each in slices.items()], golden
+
+
+def golden_metric(metric: str) -> str:
+    """The score that makes the answer to a golden example right, if `metric` is the gate's."""
+    return metric if metric in _RIGHT_BY else "exact_match"
 
 
 def slice_kind(name: str) -> SliceKind:

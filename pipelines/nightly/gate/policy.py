@@ -125,11 +125,15 @@ def _decision(findings: Sequence[_Finding | None], promote: str, evidence: Seque
 def _together(
     slices: Sequence[PairedSlice], kind: SliceKind, evidence: Mapping[str, SliceEvidence], policy: GateDefinition
 ) -> SliceEvidence | None:
-    """The comparison with the champion on all examples of a kind; that of the slice if there is only one."""
+    """The comparison with the champion on all examples of a kind; that of a slice if it has all of them."""
     parts = [part for part in slices if part.kind == kind and part.examples]
-    if len(parts) == 1:
-        return evidence[parts[0].name]
-    return compare(f"all {kind} examples", "champion", distinct(parts, kind), policy) if parts else None
+    if not parts:
+        return None
+    every = distinct(parts, kind)
+    largest = max(parts, key=lambda part: len(part.examples))
+    if len(largest.examples) == len(every):
+        return evidence[largest.name]
+    return compare(f"all {kind} examples", "champion", every, policy)
 
 
 def _golden(golden: Sequence[GoldenScore], policy: GateDefinition) -> _Finding | None:
@@ -140,7 +144,7 @@ def _golden(golden: Sequence[GoldenScore], policy: GateDefinition) -> _Finding |
 
 
 def _harm(evidence: Sequence[SliceEvidence], policy: GateDefinition) -> list[_Finding]:
-    """Slices on which the challenger loses more than `max_loss`, and not by chance."""
+    """Slices on which the challenger loses more than `max_loss`, and not by chance; the largest loss first."""
     corrected = holm({each.name: each.p_worse for each in evidence})
     lost = [each for each in evidence if each.gain < -policy.max_loss - _ROUNDING]
     return [
@@ -148,7 +152,7 @@ def _harm(evidence: Sequence[SliceEvidence], policy: GateDefinition) -> list[_Fi
             _REJECT if corrected[each.name] <= 1 - policy.confidence + _ROUNDING else _HOLD,
             reasons.harm(each, corrected[each.name], policy),
         )
-        for each in lost
+        for each in sorted(lost, key=lambda each: each.gain)
         if corrected[each.name] <= SUSPICION
     ]
 

@@ -407,3 +407,31 @@ def test_arbitrary_bytes_are_read_or_refused(parts: list[bytes], end: bytes) -> 
     with contextlib.suppress(DatasetInvalid):
         examples = read_examples(end.join(parts), "train.jsonl").examples
         assert all(example.completion.strip() for example in examples)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "completion": "A"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {"prompt": "Q", "completion": "A", "label": True},
+    ],
+)
+def test_a_line_says_something_about_itself(row: dict[str, object]) -> None:
+    metadata = {"topic": "tax", "year": 2026, "urgent": False}
+    plain, tagged = (
+        read_examples(json.dumps(each).encode(), "one.jsonl").examples[0]
+        for each in (row | {"metadata": None}, row | {"metadata": metadata})
+    )
+    assert (plain.metadata, tagged.metadata) == ({}, metadata)
+    assert plain.content_key == tagged.content_key
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [("tax", "metadata is 'tax'; it must be an object"), ({"a": ["b"]}, r"metadata.a is \['b'\]; it must be text")],
+)
+def test_metadata_of_other_forms_is_refused(metadata: object, problem: str) -> None:
+    row = {"prompt": "Q", "completion": "A", "metadata": metadata}
+    with pytest.raises(DatasetInvalid, match=problem):
+        read_examples(json.dumps(row).encode(), "one.jsonl")

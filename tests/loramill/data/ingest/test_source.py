@@ -413,3 +413,17 @@ def test_jsonl_and_csv_do_not_import_datasets(tmp_path: Path) -> None:
         )
         ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert ran.stdout.split() == []
+
+
+def test_metadata_of_a_row_is_kept(tmp_path: Path) -> None:
+    """Of other datasets, whose metadata may be nested, texts, numbers and booleans are kept."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    rows = [
+        {"messages": messages, "metadata": {"topic": "tax", "nested": {"a": 1}, "year": 2026}},
+        {"messages": messages, "metadata": "of another form"},
+        {"messages": messages},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.loads(line) for line in read_source(file).content.splitlines()]
+    assert [line.get("metadata") for line in lines] == [{"topic": "tax", "year": 2026}, None, None]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from loramill.data.examples import Example, read_examples
 from loramill.errors import DatasetInvalid
 from loramill.pipelines.nightly.evaluation.results import (
+    divided,
     example_digest,
     held_out_examples,
     mean_scores,
@@ -81,12 +83,31 @@ def test_candidates_are_paired_by_example_and_slice() -> None:
 
 def test_less_loss_is_better() -> None:
     losses = [
-        each.model_copy(update={"scores": {"loss": loss}})
+        each.model_copy(update={"scores": {"loss": loss, "exact_match": 1.0}})
         for candidate, loss in (("challenger", 0.5), ("base", 2.0))
         for each in results(candidate, None, "yes")
     ]
     (new, *_), _ = pair(losses, "loss")
     assert (new.examples[0].challenger, new.examples[0].base) == (-0.5, -2.0)
+
+
+@pytest.mark.parametrize(("metric", "right"), [("judge", 0.9), ("token_f1", 1.0), ("exact_match", 1.0)])
+def test_the_gates_metric_says_what_a_right_golden_answer_is(metric: str, right: float) -> None:
+    scores = {"exact_match": 1.0, "token_f1": 0.5, "judge": 0.9}
+    found = [each.model_copy(update={"scores": scores}) for each in results("challenger", "a" * 64, "yes")]
+    found += [each.model_copy(update={"scores": scores}) for each in results("base", None, "yes")]
+    _, golden = pair(found, metric)
+    assert [each.score for each in golden] == [right]
+
+
+def test_a_field_of_the_metadata_divides_slices_of_enough_examples() -> None:
+    topics = ["tax"] * 5 + ["law"] * 4 + [None]
+    examples = [
+        replace(example(f"prompt {number}"), metadata={} if topic is None else {"topic": topic})
+        for number, topic in enumerate(topics)
+    ]
+    found = divided({"new": examples, "before": examples[:4]}, "topic")
+    assert {name: len(each) for name, each in found.items()} == {"new": 10, "new:topic=tax": 5, "before": 4}
 
 
 def test_a_candidate_without_a_score_is_an_error() -> None:
