@@ -67,7 +67,7 @@ def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) ->
     for param, file in (("training_file", train), *(("validation_file", each) for each in valid)):
         if gateway.dataset_checks.kind(file) != "supervised":
             raise InvalidRequest(
-                f"{file.filename} holds preferences, and nightly runs train on answers only: submit a job with it, as "
+                f"{file.filename} holds preferences, which nightly runs take from feedback: submit a job with it, as "
                 f"in `loramill submit {name} --train {file.filename} --objective dpo`.",
                 param=param,
             )
