@@ -25,7 +25,6 @@ from loramill.jobs.train.ops.log_probs import token_log_probs
 from loramill.jobs.train.ops.loss import cross_entropy, cross_entropy_of_head
 from loramill.kernels.attention import varlen
 from loramill.kernels.device import is_out_of_memory
-from loramill.kernels.products import computes_in_float32
 from loramill.models.catalog import NATIVE_ARCHITECTURES
 
 #: Kinds of layers in a config's `layer_types`, and keys of the masks that transformers takes for them.
@@ -159,7 +158,7 @@ def _logits(model: Callable[..., Any], base: PreTrainedModel, parts: Sequence[Pa
     elif shares_passes(base):
         attended = {
             "attention_mask": None,
-            "row_layout": attention.PartsLayout(parts, not computes_in_float32(base.dtype)),
+            "row_layout": attention.PartsLayout(parts, base.dtype == torch.bfloat16),
         }
     else:
         [rows] = parts

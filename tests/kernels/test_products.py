@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from loramill.kernels import products
 from loramill.kernels.products import frozen_linear, linear, product
@@ -46,6 +47,20 @@ def test_a_row_has_the_same_bits_whatever_the_other_rows_are(
     for start, stop in ((0, 1), (7, 9), (100, 103), (150, 165), (20, 120)):
         assert torch.equal(linear(x[start:stop], weight), y[start:stop])
         assert torch.equal(product(dy[start:stop], weight), dx[start:stop])
+
+
+def test_little_memory_is_taken_for_what_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_lacks_bfloat16", lambda: True)
+    x, weight, dy = random_rows(1024, 1024, seed=1), random_rows(8192, 1024, seed=2), random_rows(1024, 8192, seed=3)
+    for compute in (lambda: linear(x, weight), lambda: product(dy, weight)):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            result = compute()
+        peak = total = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                total += event.nbytes()
+                peak = max(peak, total)
+        assert peak - result.nbytes <= 10 * 2**20  # the weight in float32: 32 MiB
 
 
 @pytest.mark.usefixtures("lacking")
