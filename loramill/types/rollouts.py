@@ -67,8 +67,8 @@ class RolloutRecord(FrozenModel):
     id: int = Field(description="Number of the rollout.")
     adapter: str = Field(description="Name of the adapter.")
     kind: RolloutKind = Field(
-        description="canary: the version answers a share of the requests. shadow: it answers copies of them, which are "
-        "compared and not sent. watch: it is a new champion."
+        description="What it does with the traffic. canary: the version answers a share of the requests. shadow: it "
+        "answers copies of them, which are compared and not sent. watch: it is a new champion."
     )
     version: str = Field(description="Version that is tried.")
     baseline: str | None = Field(description="Version that it is compared with. Null: none.")

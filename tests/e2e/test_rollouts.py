@@ -126,23 +126,23 @@ def versions(mill, base: Base, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("versions")
     torch.manual_seed(11)
     [good] = write_adapters(load_decoder(base.folder, dtype=torch.bfloat16, threads=1), folder, 1)
-    key = mill.tenant("globex")
+    key = mill.tenant("initech")
     with mill.client() as admin:
         for each in (good, write_silent_adapter(base, folder / "silent")):
-            admin.adapters.import_folder("globex/help", each)
-        adapter = admin.adapters.get("globex/help")
+            admin.adapters.import_folder("initech/help", each)
+        adapter = admin.adapters.get("initech/help")
     assert adapter.champion is not None and adapter.challenger is not None
     return key, adapter.champion, adapter.challenger
 
 
 def begin(registry: Registry, version: str, sections: dict[str, Any]) -> None:
     """Introduces a version as a nightly run does whose definition has these sections."""
-    definition = NightlyDefinition.model_validate(sections).for_adapter("globex/help")
+    definition = NightlyDefinition.model_validate(sections).for_adapter("initech/help")
     with registry.writing() as session:
         run = nightly.finish_run(session, nightly.open_run(session).id)
         introduce(
             session,
-            AdapterName.parse("globex/help"),
+            AdapterName.parse("initech/help"),
             version,
             canary=definition.canary,
             watch=definition.watch,
@@ -153,7 +153,7 @@ def begin(registry: Registry, version: str, sections: dict[str, Any]) -> None:
 
 def newest(registry: Registry) -> RolloutState:
     with registry.reading() as session:
-        return traffic.measured(session, records.list_rollouts(session, name="globex/help")[0])
+        return traffic.measured(session, records.list_rollouts(session, name="initech/help")[0])
 
 
 WATCH = {"watch": {"window": "3m", "min_requests": 60}}
@@ -165,7 +165,7 @@ WATCH = {"watch": {"window": "3m", "min_requests": 60}}
 def test_a_silent_version_is_rolled_back_within_its_window(mill, versions, sections: Any, kind: RolloutKind) -> None:
     key, champion, silent = versions
     registry = mill.registry
-    with load(mill, key, "globex/help") as seen:
+    with load(mill, key, "initech/help") as seen:
         eventually(lambda: len(seen.answers) >= 60, seconds=120)  # what a watch compares with
         begin(registry, silent, sections)
         begun, at = len(seen.answers), time.time()
@@ -185,7 +185,7 @@ def test_a_silent_version_is_rolled_back_within_its_window(mill, versions, secti
         assert all(len(side) == 1 for side in sides) and set.union(*sides) == {champion, silent}
     assert {version for _, version, _, _ in seen.since(rolled_back + 2 * USERS)} == {champion}
     with registry.reading() as session:
-        found = adapters.get(session, "globex/help")
+        found = adapters.get(session, "initech/help")
     assert found.champion == champion
     shown = mill.run("nightly", "status")
     assert "rolled back" in shown.stdout, shown.stderr
@@ -194,11 +194,11 @@ def test_a_silent_version_is_rolled_back_within_its_window(mill, versions, secti
 
 def test_a_rollback_by_hand_under_load_fails_no_request(mill, versions) -> None:
     key, champion, silent = versions
-    with load(mill, key, "globex/help") as seen, mill.client(key) as client:
-        client.adapters.promote("globex/help", silent)
+    with load(mill, key, "initech/help") as seen, mill.client(key) as client:
+        client.adapters.promote("initech/help", silent)
         eventually(lambda: bool(seen.answers) and seen.answers[-1][1] == silent, seconds=60)
         began = time.time()
-        client.adapters.rollback("globex/help")
+        client.adapters.rollback("initech/help")
         returned = time.time()
         eventually(lambda: len(seen.answers) > 0 and seen.answers[-1][1] == champion, seconds=60)
         last = len(seen.answers)

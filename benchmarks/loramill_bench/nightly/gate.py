@@ -54,7 +54,7 @@ def results(metric: str) -> list[Result]:
         Result(
             f"{name}: examples on which equally good versions differ",
             float(np.mean([_churn(each["test"]) for each in measured])),
-            "",
+            "of examples",
         ),
         Result(
             f"{name}: promoted without a gain, {EXAMPLES} examples",

@@ -78,10 +78,10 @@ def _results(score: Score, tenant: str, method: Tuning) -> list[Result]:
     metric, target = TARGETS[tenant]
     case, value = f"{tenant} {method}: {metric.replace('_', ' ')}", score(tenant, method)
     if method == "lora":
-        return [Result(case, value, "", target, "higher")]
+        return [Result(case, value, "score", target, "higher")]
     points = 100 * (value - score(tenant, "lora"))
     return [
-        Result(case, value, ""),
+        Result(case, value, "score"),
         Result(f"{tenant} {method}: above LoRA", points, "points", -ALLOWED_LOSS_POINTS[method], "higher"),
     ]
 
@@ -93,7 +93,9 @@ def _results_together(tenants: Path, folder: Path, settings: Settings, report: C
         task.folder.mkdir(parents=True)
     scores = train_and_score(tasks, report)
     return [
-        Result(f"{tenant} together: {metric.replace('_', ' ')}", getattr(scores[tenant], metric), "", target, "higher")
+        Result(
+            f"{tenant} together: {metric.replace('_', ' ')}", getattr(scores[tenant], metric), "score", target, "higher"
+        )
         for tenant, (metric, target) in TARGETS.items()
     ]
 
@@ -108,8 +110,8 @@ def _results_of_preferences(
     # 0.94 - 0.96 is a little less than -0.02 in floating point, and would miss a target of -2 points.
     points = round(100 * (scores.preferred - scores.supervised), 9)
     return [
-        Result(f"{tenant} preferences: reward accuracy", scores.reward_accuracy, "", REWARD_ACCURACY, "higher"),
-        Result(f"{tenant} preferences: exact match", scores.preferred, ""),
+        Result(f"{tenant} preferences: reward accuracy", scores.reward_accuracy, "of pairs", REWARD_ACCURACY, "higher"),
+        Result(f"{tenant} preferences: exact match", scores.preferred, "of questions"),
         Result(f"{tenant} preferences: above supervised", points, "points", -ALLOWED_LOSS_BY_DPO, "higher"),
     ]
 

@@ -26,7 +26,7 @@ from loramill.jobs.train.methods import attach_adapter
 from loramill.jobs.train.ops import layers
 from loramill.jobs.train.ops.attention import VARLEN_NAMES
 from loramill.jobs.train.ops.layers import fused_forwards, layer_forwards
-from loramill.kernels import torch_backend, training
+from loramill.kernels import products, torch_backend, training
 from loramill.kernels.attention import varlen
 from loramill_bench.kernels import cuda_training, on_cuda
 
@@ -165,6 +165,7 @@ def test_the_launches_of_a_layer(
 
     monkeypatch.setattr(modeling_llama, "repeat_kv", refused)
     monkeypatch.setattr(training, "backend", lambda _: torch_backend)  # a GPU has no native kernels
+    monkeypatch.setattr(products, "_lacks_bfloat16", lambda: False)
     monkeypatch.setattr(forward, "_attention", lambda *_, **__: VARLEN_NAMES[False])
     monkeypatch.setattr(forward, "layer_forwards", lambda model, _: fused_forwards(model) if fusing else ())
     monkeypatch.setattr(fused, "launch", counted(lambda *_: None))

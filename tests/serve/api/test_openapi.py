@@ -197,6 +197,7 @@ def test_every_operation_answers_as_described(
             "POST /v1/adapters/{tenant}/{adapter}/import": {"files": form()},
             "POST /v1/adapters/{tenant}/{adapter}/data": {"json": {"training_file": file}},
             "POST /v1/adapters/{tenant}/{adapter}/rename": {"json": {"to": f"{tenant}/{known['adapter'][0]}"}},
+            "POST /v1/adapters/{tenant}/{adapter}/canary": {"json": {"share": 0.1, "version": "previous"}},
         }
         site.publish(f"{tenant}/spare", f"{tenant} spare")
         deleted = {"model": f"{tenant}/spare", "version": "previous"}

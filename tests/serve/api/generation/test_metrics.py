@@ -281,7 +281,12 @@ def test_an_answer_that_is_not_read_to_its_end_is_closed(site: Any, scrape: Any,
 
     async def leave() -> None:
         target = Target("tiny", ServedBase(site.base, Longwinded()), tenant, None, 0.0, "")  # type: ignore[arg-type]
-        gateway, caller = SimpleNamespace(usage_tracker=UsageTracker()), SimpleNamespace(limits=None)
+        gateway = SimpleNamespace(
+            usage_tracker=UsageTracker(),
+            traffic=SimpleNamespace(add=None),
+            shadows=SimpleNamespace(copy=lambda *_: None),
+        )
+        caller = SimpleNamespace(limits=None)
         request = TextRequest("1", tenant, prompt="a")
         async with admitted(gateway, caller, target, [request]) as admission:  # type: ignore[arg-type]
             for _ in range(read):
