@@ -61,11 +61,11 @@ def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "nightly.yaml"
     file.write_text(
         "gate: {confidence: 0.9, approval: manual}\n"
-        "overrides: [{adapters: acme/*, gate: {min_golden: 0.5, max_loss: 0.2}}]\n"
+        "overrides: [{adapters: acme/*, split: {by: session}, gate: {max_loss: 0.2}}]\n"
     )
     with pytest.raises(DefinitionInvalid) as refused:
         read_definition(file)
-    names = ["gate.approval", "overrides.0.gate.min_golden"]
+    names = ["gate.approval", "overrides.0.split.by"]
     assert [text.split()[1] for text in refused.value.problems] == names
     assert refused.value.problems[0] == "nightly.yaml: gate.approval is not available yet; leave it out."
     file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
