@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -124,29 +124,34 @@ def load(mill, key: str, model: str) -> Iterator[Load]:
             stop.set()
 
 
-@pytest.fixture(scope="module")
-def versions(mill, base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
-    """A key of the tenant, and two versions of its adapter: the champion, and a challenger that answers nothing."""
+#: Of tenants: an adapter's counts of the last ten minutes would be part of its next rollout.
+NUMBERS = count()
+
+
+@pytest.fixture
+def versions(mill, base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str, str]:
+    """A new adapter, a key of its tenant, and two versions: the champion, and a challenger that answers nothing."""
     folder = tmp_path_factory.mktemp("versions")
     torch.manual_seed(11)
     [good] = write_adapters(load_decoder(base.folder, dtype=torch.bfloat16, threads=1), folder, 1)
-    key = mill.tenant("initech")
+    tenant = f"initech-{next(NUMBERS)}"
+    key, name = mill.tenant(tenant), f"{tenant}/help"
     with mill.client() as admin:
         for each in (good, write_silent_adapter(base, folder / "silent")):
-            admin.adapters.import_folder("initech/help", each)
-        adapter = admin.adapters.get("initech/help")
+            admin.adapters.import_folder(name, each)
+        adapter = admin.adapters.get(name)
     assert adapter.champion is not None and adapter.challenger is not None
-    return key, adapter.champion, adapter.challenger
+    return name, key, adapter.champion, adapter.challenger
 
 
-def begin(registry: Registry, version: str, sections: dict[str, Any]) -> None:
+def begin(registry: Registry, name: str, version: str, sections: dict[str, Any]) -> None:
     """Introduces a version as a nightly run does whose definition has these sections."""
-    definition = NightlyDefinition.model_validate(sections).for_adapter("initech/help")
+    definition = NightlyDefinition.model_validate(sections).for_adapter(name)
     with registry.writing() as session:
         run = nightly.finish_run(session, nightly.open_run(session).id)
         introduce(
             session,
-            AdapterName.parse("initech/help"),
+            AdapterName.parse(name),
             version,
             canary=definition.canary,
             watch=definition.watch,
@@ -155,9 +160,9 @@ def begin(registry: Registry, version: str, sections: dict[str, Any]) -> None:
         )
 
 
-def newest(registry: Registry) -> RolloutState:
+def newest(registry: Registry, name: str) -> RolloutState:
     with registry.reading() as session:
-        return traffic.measured(session, records.list_rollouts(session, name="initech/help")[0])
+        return traffic.measured(session, records.list_rollouts(session, name=name)[0])
 
 
 #: After which every answer is of the version that the aliases name; calls that had begun before have ended.
@@ -169,29 +174,29 @@ WATCH = {"watch": {"window": "3m", "min_requests": 60}}
     ("sections", "kind"), [(WATCH, RolloutKind.WATCH), ({"canary": {"share": 0.6}, **WATCH}, RolloutKind.CANARY)]
 )
 def test_a_silent_version_is_rolled_back_within_its_window(mill, versions, sections: Any, kind: RolloutKind) -> None:
-    key, champion, silent = versions
+    name, key, champion, silent = versions
     registry = mill.registry
-    with load(mill, key, "initech/help") as seen:
+    with load(mill, key, name) as seen:
         eventually(lambda: len(seen.answers) >= 60, seconds=120)  # what a watch compares with
-        begin(registry, silent, sections)
+        begin(registry, name, silent, sections)
         begun, at = len(seen.answers), time.time()
-        eventually(lambda: newest(registry).outcome is not None, seconds=240)
+        eventually(lambda: newest(registry, name).outcome is not None, seconds=240)
         settled = time.time() + SETTLED_SECONDS
         eventually(lambda: len(seen.after(settled)) >= 2 * USERS, seconds=120)
     assert seen.failed == []
-    ended = newest(registry)
+    ended = newest(registry, name)
     assert (ended.kind, ended.outcome) == (kind, RolloutOutcome.ROLLED_BACK), ended.reason
     assert ended.ended_at is not None and ended.ends_at is not None and ended.ended_at < ended.ends_at
     assert "empty answers rose from 0.0%" in ended.reason
     tried = [(user, text) for user, version, text, _ in seen.since(begun) if version == silent]
     assert tried and {text for _, text in tried} == {""}
     if kind is RolloutKind.CANARY:  # each user has one version
-        for name in {user for user, _ in tried}:
-            own = [version for user, version, _, _ in seen.answers if user == name]
+        for tester in {user for user, _ in tried}:
+            own = [version for user, version, _, _ in seen.answers if user == tester]
             assert [version for version, _ in groupby(own)] in ([champion, silent, champion], [silent, champion])
     assert {version for _, version, _, _ in seen.after(settled)} == {champion}
     with registry.reading() as session:
-        found = adapters.get(session, "initech/help")
+        found = adapters.get(session, name)
     assert found.champion == champion
     shown = mill.run("nightly", "status")
     assert "rolled back" in shown.stdout, shown.stderr
@@ -199,12 +204,12 @@ def test_a_silent_version_is_rolled_back_within_its_window(mill, versions, secti
 
 
 def test_a_rollback_by_hand_under_load_fails_no_request(mill, versions) -> None:
-    key, champion, silent = versions
-    with load(mill, key, "initech/help") as seen, mill.client(key) as client:
-        client.adapters.promote("initech/help", silent)
+    name, key, champion, silent = versions
+    with load(mill, key, name) as seen, mill.client(key) as client:
+        client.adapters.promote(name, silent)
         eventually(lambda: bool(seen.answers) and seen.answers[-1][1] == silent, seconds=60)
         began = time.time()
-        client.adapters.rollback("initech/help")
+        client.adapters.rollback(name)
         returned = time.time()
         eventually(lambda: len(seen.answers) > 0 and seen.answers[-1][1] == champion, seconds=60)
         eventually(lambda: len(seen.after(returned + SETTLED_SECONDS)) >= 2 * USERS, seconds=120)
