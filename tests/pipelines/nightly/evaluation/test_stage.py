@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - `cluster` is a fixture
 """What nightly.yaml chooses for evaluation, in nightly runs on a real registry."""
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion
 from loramill.registry import evaluations, nightly, nightly_again
 from loramill.types import NightlyStep
 
-from ..test_run import Cluster, cluster, only, rows  # noqa: F401 - a fixture
+from ..cluster import Cluster, only, rows
 from .judges import judging
 
 

@@ -15,7 +15,7 @@ from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, Keep
 from loramill.registry import content, datasets, jobs, nightly, nightly_answers
 from loramill.types import ContentSide, JobRecord, StepStatus
 
-from ..test_run import Cluster, only, rows
+from ..cluster import Cluster, only, rows
 
 
 def train_rows(cluster: Cluster, job: JobRecord) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from loramill.pipelines.nightly.outcome import Verdict
 from loramill.registry import adapters, content, jobs, nightly
 from loramill.types import ContentSide, JobRecord, JobStatus
 
-from ..test_run import Cluster, only, rows
+from ..cluster import Cluster, only, rows
 from .test_starts import result, trained_jobs
 
 

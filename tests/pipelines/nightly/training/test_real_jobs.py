@@ -17,7 +17,7 @@ from loramill.types import JobStatus
 from loramill_bench.nightly.forgetting import LocalPool
 
 from ....jobs.conftest import base_of, tiny_chat_base
-from ..test_run import rows
+from ..cluster import rows
 from .test_preferences import pairs
 
 __all__ = ["tiny_chat_base"]

@@ -8,7 +8,7 @@ from loramill.registry import adapters, jobs, nightly
 from loramill.registry.database.tables import JobRow
 from loramill.types import JobRecord, JobStatus
 
-from ..test_run import Cluster, only, rows
+from ..cluster import Cluster, only, rows
 
 
 def trained_jobs(cluster: Cluster) -> list[JobRecord]:
