@@ -50,7 +50,7 @@ def get(session: Session, name: AdapterName | str) -> AdapterRecord:
     """Returns the adapter with this name.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     row = session.get(AdapterRow, str(name))
     if row is None:
@@ -162,7 +162,7 @@ def move(session: Session, name: AdapterName | str, alias: Alias, version: str |
 
     Raises:
         Conflict: the alias is champion, which only `promote` and `rollback` move, or the version is the champion.
-        NotFound: there is no such adapter, or it has no such version.
+        NotFound: the adapter or the version does not exist.
     """
     aliases = _lock(session, name)
     if alias is Alias.CHAMPION:
@@ -180,7 +180,7 @@ def promote(session: Session, name: AdapterName | str, version: str, reason: str
     """Makes a version (given by its full hash) the champion; the current champion becomes previous.
 
     Raises:
-        NotFound: there is no such adapter, or it has no such version.
+        NotFound: the adapter or the version does not exist.
         Conflict: the adapter is pinned to another version.
     """
     aliases = _lock(session, name)
@@ -198,7 +198,7 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
     """Swaps champion and previous; a second rollback undoes the first.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
         Conflict: the adapter has no previous champion, or is pinned.
     """
     aliases = _lock(session, name)
@@ -227,7 +227,7 @@ def unpin(session: Session, name: AdapterName | str) -> AdapterRecord:
     """Allows the champion to change again.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     _lock(session, name)
     return _set_pinned(session, name, pinned=False)
@@ -237,7 +237,7 @@ def set_retention(session: Session, name: AdapterName | str, policy: RetentionPo
     """Gives an adapter a retention of its own, or that of the settings (None).
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     _lock(session, name)
     session.get_one(AdapterRow, str(name)).retention = None if policy is None else policy.model_dump(exclude_none=True)
@@ -249,7 +249,7 @@ def lock(session: Session, name: AdapterName | str) -> None:
     """Locks an adapter until the transaction ends, so that no one else can change or delete it.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     _lock(session, name)
 

@@ -60,7 +60,7 @@ def delete_adapter(session: Session, name: AdapterName | str, *, cancel_jobs: bo
         cancel_jobs: cancel the adapter's jobs that have not ended; their workers stop at their next heartbeat.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
         Conflict: a job that has not ended trains it or starts from one of its versions, and `cancel_jobs` is false.
     """
     tenant = adapters.get(session, name).tenant
@@ -87,7 +87,7 @@ def delete_version(session: Session, name: AdapterName | str, version: str, *, f
         force: delete the challenger or the previous champion as well; that alias then points to no version.
 
     Raises:
-        NotFound: there is no such adapter, or it has no such version.
+        NotFound: the adapter or the version does not exist.
         Conflict: the version is the champion; or another alias points to it and `force` is false; or a job that has not
             ended starts from it.
     """

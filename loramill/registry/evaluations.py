@@ -33,7 +33,7 @@ def add(
         results: from `store_results`; kept as long as an evaluation refers to it.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     adapters.get(session, name)
     row = EvaluationRow(

@@ -56,7 +56,7 @@ def list_data(session: Session, name: AdapterName) -> list[AdapterData]:
     """Returns an adapter's data for nightly runs, newest first.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     adapters.get(session, name)
     failed = {row.id: str(step.result.get("error", "")) for _, step, rows in _failed(session, name) for row in rows}
@@ -100,7 +100,7 @@ def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> N
         minimum: minimum number of examples for training, old and new together.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     adapters.get(session, name)
     statement = select(AdapterDataRow).where(AdapterDataRow.adapter == str(name), AdapterDataRow.run.is_(None))

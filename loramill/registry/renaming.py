@@ -52,7 +52,7 @@ def rename(session: Session, name: AdapterName, to: AdapterName) -> AdapterRecor
     stored completions and jobs (running jobs as well) follow. Usage and audit rows keep the old name.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
         InvalidRequest: the new name belongs to another tenant.
         Conflict: an adapter with the new name exists, or an open nightly run uses this adapter.
     """

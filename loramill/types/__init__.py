@@ -59,6 +59,7 @@ from loramill.types.rollouts import (
     RolloutRecord,
     RolloutState,
     TrafficCounts,
+    WatchLimits,
     WatchPolicy,
 )
 from loramill.types.sweeps import CandidateState, SweepCandidate
@@ -129,5 +130,6 @@ __all__ = [
     "TrainOn",
     "UsageRecord",
     "VersionRecord",
+    "WatchLimits",
     "WatchPolicy",
 ]

@@ -17,12 +17,13 @@ LATENCY_BUCKETS_PER_DOUBLING = 4
 _SHORTEST_SECONDS = 0.001
 
 
-class WatchPolicy(FrozenModel):
+class WatchLimits(FrozenModel):
     """How much worse the answers of a new version may be before it is rolled back."""
 
-    window_seconds: float = Field(default=3600.0, ge=0, description="How long the versions are compared, in seconds.")
     min_requests: int = Field(
-        default=50, ge=1, description="Number of requests from which versions are compared; with fewer, none is moved."
+        default=50,
+        ge=1,
+        description="Number of requests from which versions are compared; with fewer, none is rolled back.",
     )
     max_error_rate_increase: float = Field(
         default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."
@@ -42,6 +43,12 @@ class WatchPolicy(FrozenModel):
     max_latency_ratio: float = Field(
         default=1.5, ge=1, description="Largest ratio of the time per answer to that of the version before."
     )
+
+
+class WatchPolicy(WatchLimits):
+    """How long the answers of a new version are compared, and how much worse they may be."""
+
+    window_seconds: float = Field(default=3600.0, ge=0, description="How long the versions are compared, in seconds.")
 
 
 class RolloutKind(StrEnum):

@@ -11,7 +11,7 @@ from loramill.types import RolloutKind
 
 
 def print_rollouts(rollouts: Sequence[Any]) -> None:
-    """Prints a table of rollouts, each a `RolloutOverview`, with numbers and reasons; nothing if there are none."""
+    """Prints a table of rollouts, each a `RolloutOverview`, with numbers and reasons, if there are any."""
     if not rollouts:
         return
     print_message("")

@@ -39,7 +39,7 @@ def start_canary(
         run: the nightly run that starts it.
 
     Raises:
-        NotFound: there is no such adapter, or it has no such version.
+        NotFound: the adapter or the version does not exist.
         Conflict: the adapter has no champion or no challenger, or is pinned.
         InvalidRequest: the share is not between 0 and 1.
     """
@@ -87,7 +87,7 @@ def end_canary(session: Session, name: AdapterName | str, reason: str) -> Rollou
     """Ends the canary of an adapter: its champion answers all requests. The challenger stays the challenger.
 
     Raises:
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
         Conflict: it has no canary.
     """
     adapters.lock(session, name)

@@ -47,7 +47,7 @@ def find_past(session: Session, name: AdapterName, base: Base) -> Past:
 
     Raises:
         BaseUnusable: the champion belongs to another base.
-        NotFound: there is no such adapter.
+        NotFound: the adapter does not exist.
     """
     adapter = adapters.get(session, name)
     champion, previous = adapter.champion, adapter.previous

@@ -218,7 +218,7 @@ def _too_few(decided: Sequence[DecidedRow], replay: Sequence[bytes], minimum: in
 
 def _starts(train: TrainDefinition, past: Past) -> tuple[str, ...]:
     """Where training starts: "champion", "fresh" (new weights), or both in this order."""
-    if past.job is None:  # there is no champion, or nothing is known about how it was trained
+    if past.job is None:  # no champion, or one whose job is unknown
         return ("fresh",)
     return ("champion", "fresh") if train.start == "both" else (train.start,)
 

@@ -69,7 +69,7 @@ class Relation:
         examples: the new examples.
         open_indices: those of them whose fate is open.
         known: the adapter's past.
-        threshold: least similarity of near-duplicates; None: there are none.
+        threshold: least similarity of near-duplicates; None: only equal texts are duplicates.
     """
 
     def __init__(

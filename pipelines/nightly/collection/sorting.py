@@ -51,7 +51,7 @@ def sort_rows(checked: CheckedRows, known: Known, rules: SplitDefinition, min_pa
         checked: the rows.
         known: the adapter's past.
         rules: of the split.
-        min_pairs: with fewer preference pairs to train on, there are none.
+        min_pairs: with fewer preference pairs, none is trained on.
     """
     decided = _decide(checked, known, rules)
     pairs = _trained_pairs(decided, known)

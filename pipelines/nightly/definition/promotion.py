@@ -14,7 +14,7 @@ from loramill.pipelines.nightly.definition.fields import (
     PythonFunction,
     WebUrl,
 )
-from loramill.types import FrozenModel
+from loramill.types import FrozenModel, WatchLimits
 
 #: Scores of an answer, each 0 to 1; `loss` is the mean loss per token of the reference, in nats.
 Metric = Literal["loss", "exact_match", "token_f1", "rouge_l", "json_valid", "scorer", "judge"]
@@ -152,36 +152,13 @@ class CanaryDefinition(FrozenModel):
         return self.shadow or self.share > 0
 
 
-class WatchDefinition(FrozenModel):
+class WatchDefinition(WatchLimits):
     """When a new champion is rolled back automatically."""
 
     window: Duration = Field(
         default=timedelta(hours=1),
         description="How long a canary lasts, and how long a new champion is watched; 0s: not at all. With fewer "
         "requests than `min_requests`, up to 20 hours longer.",
-    )
-    min_requests: int = Field(
-        default=50,
-        ge=1,
-        description="Number of requests from which versions are compared; with fewer, none is rolled back.",
-    )
-    max_error_rate_increase: float = Field(
-        default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."
-    )
-    max_empty_rate_increase: float = Field(
-        default=0.02, ge=0, le=1, description="By how much the fraction of empty answers may rise."
-    )
-    max_cut_rate_increase: float = Field(
-        default=0.05,
-        ge=0,
-        le=1,
-        description="By how much the fraction of answers that reach their length limit may rise.",
-    )
-    max_rating_decrease: float = Field(
-        default=0.1, ge=0, le=1, description="By how much the fraction of good ratings may fall."
-    )
-    max_latency_ratio: float = Field(
-        default=1.5, ge=1, description="Largest ratio of the time per answer to that of the version before."
     )
 
 

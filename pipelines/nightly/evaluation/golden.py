@@ -25,7 +25,7 @@ def read_golden(registry: Registry, name: AdapterName, location: str) -> tuple[s
 
     Raises:
         NotFound: the tenant has no such dataset.
-        SettingsInvalid: there is no such file.
+        SettingsInvalid: the file does not exist.
         Unavailable: it cannot be read now.
         DatasetInvalid: it has faults.
     """

@@ -8,7 +8,7 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE, CanaryDefinition, WatchDefinition
 from loramill.registry import adapters
 from loramill.registry.rollouts import moves
-from loramill.types import RolloutKind, WatchPolicy
+from loramill.types import RolloutKind, WatchLimits, WatchPolicy
 
 
 def introduce(
@@ -29,7 +29,7 @@ def introduce(
         What was started; None: the version was promoted, and is watched if `watch.window` is not 0.
 
     Raises:
-        NotFound: there is no such adapter, or it has no such version.
+        NotFound: the adapter or the version does not exist.
         Conflict: the adapter is pinned to another version.
     """
     policy = watch_policy(watch)
@@ -53,12 +53,5 @@ def introduce(
 
 def watch_policy(watch: WatchDefinition) -> WatchPolicy:
     """The section `watch` of nightly.yaml as the registry stores it."""
-    return WatchPolicy(
-        window_seconds=watch.window.total_seconds(),
-        min_requests=watch.min_requests,
-        max_error_rate_increase=watch.max_error_rate_increase,
-        max_empty_rate_increase=watch.max_empty_rate_increase,
-        max_cut_rate_increase=watch.max_cut_rate_increase,
-        max_rating_decrease=watch.max_rating_decrease,
-        max_latency_ratio=watch.max_latency_ratio,
-    )
+    limits = watch.model_dump(include=set(WatchLimits.model_fields))
+    return WatchPolicy(window_seconds=watch.window.total_seconds(), **limits)

@@ -79,7 +79,7 @@ def _find_artifact(session: Session, name: AdapterName, query: VersionFilesQuery
     """Returns the version and the artifact of a query.
 
     Raises:
-        NotFound: there is no such adapter or version, or the version has no whole weights.
+        NotFound: the adapter or the version does not exist, or the version has no whole weights.
     """
     adapters.get(session, name)
     version = adapters.resolve(session, name, query.version)
