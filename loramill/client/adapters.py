@@ -78,8 +78,10 @@ class AdaptersResource:
             share: 0 to 1. Each user gets answers of one version while the share does not shrink.
             shadow: The challenger answers copies of the share, which are compared and not sent.
             version: A version that becomes the challenger. Default: the challenger.
-            promote_after_seconds: When the challenger is promoted, unless it is worse. Default: never.
-            min_requests: Number of requests from which the versions are compared. Default: 50.
+            promote_after_seconds: When the challenger is promoted, unless it is worse. Default: never; for an open
+                canary, as before.
+            min_requests: Number of requests from which the versions are compared. Default: 50; for an open canary, as
+                before.
         """
         body = {
             "share": share,

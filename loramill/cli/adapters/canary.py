@@ -6,18 +6,18 @@ from typing import Annotated
 
 import typer
 
+from loramill.cli.adapters.rollouts import describe_answers
 from loramill.cli.arguments import AdapterVersionArgument, JsonFlag
 from loramill.cli.format import print_json, print_message, short_version, time_ago
 from loramill.client import Client
 from loramill.durations import DURATION_EXAMPLES, parse_duration
-from loramill.plural import counted
 from loramill.types import RolloutKind, RolloutState, TrafficCounts
 
 
 def canary(
     name: AdapterVersionArgument,
     share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the requests, such as 0.1.", show_default=False)
+        float | None, typer.Option(help="Share of the requests, 0 to 1, such as 0.1 for 10%.", show_default=False)
     ] = None,
     shadow: Annotated[
         bool, typer.Option("--shadow", help="Answer copies of the share instead, which are not sent.")
@@ -26,7 +26,8 @@ def canary(
         str | None,
         typer.Option(
             metavar="TIME",
-            help=f"Promote the challenger after this time ({DURATION_EXAMPLES}) unless it is worse. Default: never.",
+            help=f"Promote the challenger after this time ({DURATION_EXAMPLES}) unless it is worse. Default: never; "
+            "for an open canary, as before.",
             show_default=False,
         ),
     ] = None,
@@ -39,8 +40,7 @@ def canary(
     A version after the @ becomes the challenger first.
     """
     name, _, version = name.partition("@")
-    if end == (share is not None):
-        raise typer.BadParameter("give either --share, such as --share 0.1, or --end.")
+    _check_options(share, end=end, others=shadow or promote_after is not None or bool(version))
     seconds = None if promote_after is None else _read_time(promote_after)
     with Client() as client:
         if share is None:
@@ -84,9 +84,28 @@ def _describe_counts(state: RolloutState) -> str:
 
 
 def _describe_side(counts: TrafficCounts) -> str:
-    signals = {"failed": counts.errors, "empty": counts.empty, "cut": counts.cut, "rated bad": counts.bad}
-    found = ", ".join(f"{number} {name}" for name, number in signals.items() if number)
-    return counted(counts.requests, "request") + (f" ({found})" if found else "")
+    return describe_answers(counts.requests, counts.errors, counts.empty, counts.cut, counts.bad)
+
+
+def _check_options(share: float | None, *, end: bool, others: bool) -> None:
+    """Refuses options that contradict each other.
+
+    Args:
+        share: the option --share.
+        end: the option --end.
+        others: whether anything else than these two is given.
+    """
+    if end and (others or share is not None):
+        raise typer.BadParameter(
+            "it ends the present canary, and takes no other option and no version: give the name and --end alone.",
+            param_hint="--end",
+        )
+    if not end and share is None:
+        raise typer.BadParameter("give either --share, such as --share 0.1, or --end.")
+    if share is not None and not 0 <= share <= 1:
+        raise typer.BadParameter(
+            f"it must be between 0 and 1, such as 0.1 for 10%, not {share:g}.", param_hint="--share"
+        )
 
 
 def _read_time(text: str) -> float:

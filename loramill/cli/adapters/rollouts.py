@@ -1,4 +1,4 @@
-"""Prints rollouts as nightly runs report them."""
+"""Prints rollouts as nightly runs report them, and what the answers of a version were like."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def _describe(rollout: Any) -> str:
 def _signals(side: Any) -> str:
     if side is None:
         return "-"
-    counts = {"failed": side.failed, "empty": side.empty, "cut": side.cut, "rated bad": side.bad}
+    return describe_answers(side.requests, side.failed, side.empty, side.cut, side.bad, side.seconds)
+
+
+def describe_answers(requests: int, failed: int, empty: int, cut: int, bad: int, seconds: float | None = None) -> str:
+    """Returns what the answers of one version were like: "7 requests (2 failed, 1.2 s)"."""
+    counts = {"failed": failed, "empty": empty, "cut": cut, "rated bad": bad}
     parts = [f"{number} {name}" for name, number in counts.items() if number]
-    parts += [] if side.seconds is None else [f"{side.seconds:.2g} s"]
-    return counted(side.requests, "request") + (f" ({', '.join(parts)})" if parts else "")
+    parts += [] if seconds is None else [f"{seconds:.2g} s"]
+    return counted(requests, "request") + (f" ({', '.join(parts)})" if parts else "")

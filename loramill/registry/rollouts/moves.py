@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from sqlalchemy.orm import Session
 
 from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.registry import adapters
-from loramill.registry.database.tables import RolloutRow
 from loramill.registry.rollouts import records
 from loramill.types import AdapterRecord, Alias, RolloutKind, RolloutOutcome, RolloutRecord, WatchPolicy
 
@@ -22,7 +22,8 @@ def start_canary(
     shadow: bool = False,
     version: str | None = None,
     policy: WatchPolicy | None = None,
-    decided: bool = False,
+    changes: Mapping[str, float] | None = None,
+    promote_at_end: bool = False,
     run: str | None = None,
     reason: str = "canary",
     now: float | None = None,
@@ -34,8 +35,9 @@ def start_canary(
         shadow: the challenger answers copies of that share instead, which are not sent.
         version: becomes the challenger (a full hash); None: the present challenger.
         policy: when the canary is ended; None: that of the open canary, or the default one.
-        decided: at the end of the policy's window it is promoted or not; otherwise it lasts until someone ends it,
-            unless it is much worse than the champion.
+        changes: fields of that policy to set, already validated; the others stay as they are.
+        promote_at_end: at the end of the policy's window it is promoted or not; otherwise an open canary keeps its
+            end, and a new one lasts until someone ends it, unless it is much worse than the champion.
         run: the nightly run that starts it.
 
     Raises:
@@ -59,27 +61,25 @@ def start_canary(
         )
     kind = RolloutKind.SHADOW if shadow else RolloutKind.CANARY
     found = records.find_open(session, name)
-    if found is not None and found.version == adapter.challenger:  # its users keep their side
-        ends_at = now + (policy or found.policy).window_seconds if decided else found.ends_at
+    same = found if found is not None and found.version == adapter.challenger else None  # its users keep their side
+    policy = (policy or (WatchPolicy() if same is None else same.policy)).model_copy(update=changes)
+    ends_at = now + policy.window_seconds if promote_at_end else None
+    if same is not None:
+        ends_at = same.ends_at if ends_at is None else ends_at
         return records.change(session, name, kind=kind, share=share, ends_at=ends_at, policy=policy)
     if found is not None:
         records.end(session, name, RolloutOutcome.ENDED, f"{adapter.challenger[:SHORT_HASH_LENGTH]} is tried", now)
-    policy = policy or WatchPolicy()
     return records.add(
         session,
-        RolloutRow(
-            adapter=str(name),
-            open=True,
-            kind=kind,
-            version=adapter.challenger,
-            baseline=adapter.champion,
-            share=share,
-            run=run,
-            policy=policy.model_dump(),
-            started_at=now,
-            ends_at=now + policy.window_seconds if decided else None,
-            reason="",
-        ),
+        name,
+        kind=kind,
+        version=adapter.challenger,
+        baseline=adapter.champion,
+        share=share,
+        run=run,
+        policy=policy,
+        started_at=now,
+        ends_at=ends_at,
     )
 
 
@@ -121,19 +121,15 @@ def promote_watched(
         return promoted  # nothing to roll back to
     records.add(
         session,
-        RolloutRow(
-            adapter=str(name),
-            open=True,
-            kind=RolloutKind.WATCH,
-            version=version,
-            baseline=before,
-            share=1.0,
-            run=run,
-            policy=policy.model_dump(),
-            started_at=now,
-            ends_at=now + policy.window_seconds,
-            reason="",
-        ),
+        name,
+        kind=RolloutKind.WATCH,
+        version=version,
+        baseline=before,
+        share=1.0,
+        run=run,
+        policy=policy,
+        started_at=now,
+        ends_at=now + policy.window_seconds,
     )
     return promoted
 

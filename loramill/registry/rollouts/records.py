@@ -45,8 +45,33 @@ def list_around(session: Session, run: str, *, since: float, until: float) -> li
     return [RolloutRecord.model_validate(row) for row in rows]
 
 
-def add(session: Session, row: RolloutRow) -> RolloutRecord:
+def add(
+    session: Session,
+    name: AdapterName | str,
+    *,
+    kind: RolloutKind,
+    version: str,
+    baseline: str,
+    share: float,
+    run: str | None,
+    policy: WatchPolicy,
+    started_at: float,
+    ends_at: float | None,
+) -> RolloutRecord:
     """Records an open rollout of an adapter that has none; the caller has locked the adapter."""
+    row = RolloutRow(
+        adapter=str(name),
+        open=True,
+        kind=kind,
+        version=version,
+        baseline=baseline,
+        share=share,
+        run=run,
+        policy=policy.model_dump(),
+        started_at=started_at,
+        ends_at=ends_at,
+        reason="",
+    )
     session.add(row)
     session.flush()
     return RolloutRecord.model_validate(row)
@@ -59,14 +84,12 @@ def change(
     kind: RolloutKind,
     share: float,
     ends_at: float | None,
-    policy: WatchPolicy | None,
+    policy: WatchPolicy,
 ) -> RolloutRecord:
-    """Changes the open rollout of an adapter, which has one; its policy only if one is given."""
+    """Changes the open rollout of an adapter, which has one."""
     row = _open_row(session, name)
     assert row is not None
-    row.kind, row.share, row.ends_at = kind, share, ends_at
-    if policy is not None:
-        row.policy = policy.model_dump()
+    row.kind, row.share, row.ends_at, row.policy = kind, share, ends_at, policy.model_dump()
     session.flush()
     return RolloutRecord.model_validate(row)
 

@@ -39,9 +39,8 @@ def advance(registry: Registry, now: float) -> list[RolloutRecord]:
         decision = decide(state, now=now)
         if decision.verdict is RolloutVerdict.CONTINUE:
             continue
-        rollout = RolloutRecord.model_validate(state.model_dump(include=set(RolloutRecord.model_fields)))
         with registry.writing() as session:
-            settled = _carry_out(session, rollout, decision, now)
+            settled = _carry_out(session, state, decision, now)
         if settled is not None:
             log.info("%s of %s: %s, %s", settled.kind, settled.adapter, settled.outcome, settled.reason)
             ended.append(settled)

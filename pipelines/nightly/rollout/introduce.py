@@ -44,7 +44,7 @@ def introduce(
         shadow=canary.shadow,
         version=version,
         policy=policy,
-        decided=True,
+        promote_at_end=True,
         run=run,
         reason=reason,
     )

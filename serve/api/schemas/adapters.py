@@ -21,7 +21,6 @@ from loramill.types import (
     RetentionPolicy,
     RolloutState,
     VersionRecord,
-    WatchPolicy,
 )
 
 _VERSION = "An alias, or the version's ID or at least its first 8 digits."
@@ -61,17 +60,20 @@ class CanaryRequest(RequestBody):
     promote_after_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds after which the challenger is promoted, unless it is worse. Default: it never is.",
+        description="Seconds after which the challenger is promoted, unless it is worse. Default: never; for an open "
+        "canary, as before.",
     )
     min_requests: int | None = Field(
-        default=None, ge=1, description="Number of requests from which the versions are compared. Default: 50."
+        default=None,
+        ge=1,
+        description="Number of requests from which the versions are compared. Default: 50; for an open canary, as "
+        "before.",
     )
 
-    def policy(self) -> WatchPolicy | None:
-        """When the versions are compared; None: as it is."""
+    def changes(self) -> dict[str, float]:
+        """The fields of a `WatchPolicy` that the request sets."""
         given = {"window_seconds": self.promote_after_seconds, "min_requests": self.min_requests}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return WatchPolicy.model_validate(changes) if changes else None
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class RenameRequest(RequestBody):

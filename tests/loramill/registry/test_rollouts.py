@@ -59,6 +59,23 @@ def test_a_canary_tries_the_challenger_until_it_is_ended(session: Any) -> None:
         moves.end_canary(session, NAME, "again")
 
 
+def test_a_change_of_an_open_canary_keeps_what_it_does_not_set(session: Any) -> None:
+    policy = WatchPolicy(window_seconds=600, min_requests=20, max_latency_ratio=3)
+    moves.start_canary(session, NAME, share=0.1, policy=policy, promote_at_end=True, now=START)
+    larger = moves.start_canary(session, NAME, share=0.5, now=START + 60)
+    assert (larger.policy, larger.ends_at) == (policy, START + 600)
+    changes = {"min_requests": 30}
+    later = moves.start_canary(session, NAME, share=0.5, changes=changes, now=START + 60)
+    assert (later.policy, later.ends_at) == (policy.model_copy(update=changes), START + 600)
+    changes = {"window_seconds": 60}
+    sooner = moves.start_canary(session, NAME, share=0.5, changes=changes, promote_at_end=True, now=START + 60)
+    assert (sooner.policy.min_requests, sooner.policy.max_latency_ratio, sooner.ends_at) == (30, 3, START + 120)
+    other = "4" * 64
+    publish(session, other)
+    started = moves.start_canary(session, NAME, share=0.5, version=other, changes={"min_requests": 7})
+    assert (started.policy, started.ends_at) == (WatchPolicy(min_requests=7), None), "another version's own policy"
+
+
 def test_a_canary_needs_a_challenger_and_a_champion_that_may_change(session: Any) -> None:
     with pytest.raises(InvalidRequest, match="between 0 and 1"):
         moves.start_canary(session, NAME, share=1.5)
@@ -157,7 +174,7 @@ def test_traffic_is_the_sum_over_gateways_and_periods(session: Any) -> None:
         "g1",
         {
             TrafficKey(name, SECOND, 5_400): counts(100),  # before the start
-            TrafficKey(name, SECOND, 6_000): counts(2, cut=1, total_seconds=0.5, total_histogram={4: 1, 10: 1}),
+            TrafficKey(name, SECOND, 6_000): counts(2, cut=1, total_histogram={4: 1, 10: 1}),
             TrafficKey(name, FIRST, 6_600): counts(7, empty=2),
             TrafficKey(name, THIRD, 6_600): counts(9),
             TrafficKey("acme/other", FIRST, 6_600): counts(9),
@@ -171,7 +188,7 @@ def test_traffic_is_the_sum_over_gateways_and_periods(session: Any) -> None:
     traffic.add_rating(session, NAME, SECOND, good=False, now=6_690)
     traffic.add_rating(session, NAME, THIRD, good=False, now=6_690)
     state = traffic.measured(session, rollout)
-    assert state.tried == counts(5, cut=1, errors=1, good=1, bad=2, total_seconds=0.5, total_histogram={4: 1, 10: 4})
+    assert state.tried == counts(5, cut=1, errors=1, good=1, bad=2, total_histogram={4: 1, 10: 4})
     assert state.compared == counts(7, empty=2)
     assert traffic.measured_all(session, records.list_open(session)) == [state]
 
@@ -221,7 +238,7 @@ def decided(registry: Registry) -> Registry:
         adapters.get_or_create(session, NAME)
         publish(session, FIRST)
         publish(session, SECOND)
-        moves.start_canary(session, NAME, share=0.1, policy=POLICY, decided=True, now=START)
+        moves.start_canary(session, NAME, share=0.1, policy=POLICY, promote_at_end=True, now=START)
     return registry
 
 

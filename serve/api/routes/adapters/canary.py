@@ -43,8 +43,8 @@ def start_canary(
             share=body.share,
             shadow=body.shadow,
             version=version,
-            policy=body.policy(),
-            decided=body.promote_after_seconds is not None,
+            changes=body.changes(),
+            promote_at_end=body.promote_after_seconds is not None,
             reason=f"canary started with {caller.key_id}",
         )
         details = {"version": started.version, "share": started.share, "kind": started.kind.value}

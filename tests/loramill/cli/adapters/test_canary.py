@@ -25,16 +25,34 @@ def test_a_canary_is_started_changed_shown_and_ended(gateway: RunningGateway, te
     changed = json_output("adapters", "canary", name, "--share", "0.5", "--promote-after", "2h")
     assert (changed["version"], changed["baseline"], changed["share"]) == (second, first, 0.5)
     assert changed["policy"]["window_seconds"] == 7200 and changed["ends_at"] is not None
-    assert "answers 50% of the requests" in loramill("adapters", "show", name).stdout
+    larger = json_output("adapters", "canary", name, "--share", "0.6")
+    assert (larger["policy"], larger["ends_at"]) == (changed["policy"], changed["ends_at"])
+    assert "answers 60% of the requests" in loramill("adapters", "show", name).stdout
     assert "answers all requests" in loramill("adapters", "canary", name, "--end").stderr
     assert "has no canary" in loramill("adapters", "canary", name, "--end").stderr
     shadow = loramill("adapters", "canary", f"{name}@{second[:12]}", "--share", "1", "--shadow").stderr
     assert "answers copies of 100% of the requests" in shadow
 
 
-def test_either_a_share_or_the_end_is_given(gateway: RunningGateway, tenant: str) -> None:
-    for options in ((), ("--share", "0.1", "--end"), ("--share", "2"), ("--share", "0.1", "--promote-after", "soon")):
-        assert loramill("adapters", "canary", f"{tenant}/a", *options).exit_code == 2
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("a", (), "give either --share"),
+        ("a", ("--share", "0.1", "--end"), "takes no other option"),
+        ("a", ("--end", "--shadow"), "takes no other option"),
+        ("a", ("--end", "--promote-after", "2h"), "takes no other option"),
+        ("a@challenger", ("--end",), "no version"),
+        ("a", ("--share", "10"), "between 0 and 1, such as 0.1 for 10%"),
+        ("a", ("--share", "nan"), "between 0 and 1"),
+        ("a", ("--share", "0.1", "--promote-after", "soon"), "--promote-after"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    tenant: str, name: str, options: tuple[str, ...], reason: str
+) -> None:
+    result = loramill("adapters", "canary", f"{tenant}/{name}", *options)
+    assert result.exit_code == 2
+    assert reason in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_a_rollout_is_described_with_its_end_and_its_counts() -> None:

@@ -42,7 +42,7 @@ def prepare(registry: Registry) -> None:
                 record = VersionRecord(id=version, adapter=name, job=None, base="b" * 64, bytes=1, created_at=1.0)
                 adapters.add_version(session, record)
             if number < 20:
-                moves.start_canary(session, name, share=0.5, policy=POLICY, decided=True, now=START)
+                moves.start_canary(session, name, share=0.5, policy=POLICY, promote_at_end=True, now=START)
             else:
                 moves.promote_watched(session, name, NEW, "better", policy=POLICY, now=START)
             bad = 100 * (number % 2) if number >= 20 else 0

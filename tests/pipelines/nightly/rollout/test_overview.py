@@ -41,7 +41,7 @@ def finished_run(registry: Registry, start: float) -> NightlyRun:
     with registry.writing() as session:
         run = nightly.open_run(session)
         moves.promote_watched(session, "acme/a", NEW, "better", policy=POLICY, run=run.id, now=start)
-        moves.start_canary(session, "acme/b", share=0.2, policy=POLICY, decided=True, run=run.id, now=start)
+        moves.start_canary(session, "acme/b", share=0.2, policy=POLICY, promote_at_end=True, run=run.id, now=start)
         return nightly.finish_run(session, run.id)
 
 

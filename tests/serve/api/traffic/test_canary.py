@@ -167,8 +167,7 @@ def test_both_gateways_add_to_what_is_measured(
                 ask(client, f"{tenant}/a", n=2, max_tokens=1)
     eventually(lambda: state(site, f"{tenant}/a").tried.cut == 6)
     tried = state(site, f"{tenant}/a").tried
-    assert sum(tried.total_histogram.values()) == sum(tried.first_token_histogram.values()) == tried.requests
-    assert tried.total_seconds >= tried.first_token_seconds > 0
+    assert sum(tried.total_histogram.values()) == tried.requests
 
 
 @pytest.mark.parametrize("how", ["error", "refuse", "empty", "long"])
@@ -267,7 +266,7 @@ def test_a_bad_version_is_rolled_back_under_load_without_a_failure(
         eventually(lambda: len(answered) >= 60)  # what the watch compares with
         with site.registry.writing() as session:
             if canary:
-                moves.start_canary(session, name, share=0.5, policy=policy, decided=True)
+                moves.start_canary(session, name, share=0.5, policy=policy, promote_at_end=True)
             else:
                 moves.promote_watched(session, name, challenger, "better", policy=policy)
         eventually(lambda: state(site, name).outcome is not None)
