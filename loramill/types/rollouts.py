@@ -88,11 +88,6 @@ class RolloutRecord(FrozenModel):
     outcome: RolloutOutcome | None = Field(default=None, description="How it ended. Null: it is open.")
     reason: str = Field(default="", description="Why it ended.")
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it has not ended."""
-        return self.ended_at is None
-
 
 class TrafficCounts(FrozenModel):
     """What the answers of one version were like; the sums of several gateways and times can be added.
@@ -106,9 +101,6 @@ class TrafficCounts(FrozenModel):
     cut: int = Field(default=0, description="Number of requests with an answer that reached its length limit.")
     good: int = Field(default=0, description="Number of good ratings.")
     bad: int = Field(default=0, description="Number of bad ratings.")
-    first_token_seconds: float = Field(default=0.0, description="Sum of the times to the first token.")
-    total_seconds: float = Field(default=0.0, description="Sum of the times to the end of the answer.")
-    first_token_histogram: dict[int, int] = Field(default={}, description="Requests by time to the first token.")
     total_histogram: dict[int, int] = Field(default={}, description="Requests by time to the end of the answer.")
 
     @property
@@ -154,7 +146,7 @@ def median_bucket(histogram: Mapping[int, int]) -> int | None:
 
 def total(parts: Iterable[TrafficCounts]) -> TrafficCounts:
     """Returns the sum of counts."""
-    sums: dict[str, float] = {}
+    sums: dict[str, int] = {}
     histograms: dict[str, Counter[int]] = {}
     for part in parts:
         for name in TrafficCounts.model_fields:

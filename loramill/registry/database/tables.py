@@ -507,9 +507,6 @@ class VersionTrafficRow(TableBase):
     cut: Mapped[int] = mapped_column(BigInteger)
     good: Mapped[int] = mapped_column(BigInteger)
     bad: Mapped[int] = mapped_column(BigInteger)
-    first_token_seconds: Mapped[float]
-    total_seconds: Mapped[float]
-    first_token_histogram: Mapped[dict[str, Any]]
     total_histogram: Mapped[dict[str, Any]]
 
 

@@ -26,8 +26,7 @@ BASELINE_SECONDS = 86_400.0
 KEPT_SECONDS = 7 * 86_400.0
 #: Stands for all adapters together: where all are slower, a version is not the reason.
 EVERYONE = ("", "")
-_COUNTS = ("requests", "errors", "empty", "cut", "good", "bad", "first_token_seconds", "total_seconds")
-_HISTOGRAMS = ("first_token_histogram", "total_histogram")
+_COUNTS = ("requests", "errors", "empty", "cut", "good", "bad")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -67,7 +66,7 @@ def write(session: Session, gateway: str, counts: Mapping[TrafficKey, TrafficCou
     if not rows:
         return
     insert = _dialect(session).insert(VersionTrafficRow)
-    replaced = {name: insert.excluded[name] for name in (*_COUNTS, *_HISTOGRAMS)}
+    replaced = {name: insert.excluded[name] for name in (*_COUNTS, "total_histogram")}
     session.execute(insert.on_conflict_do_update(index_elements=_KEY, set_=replaced), rows)
 
 
@@ -165,8 +164,8 @@ def _slowdown(before: Mapping[int, int], since: Mapping[int, int], min_requests:
 
 
 def _columns(counts: TrafficCounts) -> dict[str, object]:
-    histograms = {name: {str(key): value for key, value in getattr(counts, name).items()} for name in _HISTOGRAMS}
-    return {name: getattr(counts, name) for name in _COUNTS} | histograms
+    histogram = {str(bucket): count for bucket, count in counts.total_histogram.items()}
+    return {name: getattr(counts, name) for name in _COUNTS} | {"total_histogram": histogram}
 
 
 def _dialect(session: Session):  # type: ignore[no-untyped-def]  # two modules with the same functions

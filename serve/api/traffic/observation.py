@@ -31,7 +31,6 @@ class CallObservation:
     ) -> None:
         self._add, self._of = add, of
         self._started_at = time.perf_counter()
-        self._first_at: float | None = None
         self._unfinished = answers
         self._empty = set(range(answers))
         self._cut = False
@@ -49,8 +48,6 @@ class CallObservation:
 
     def record_chunk(self, index: int, chunk: TextChunk) -> None:
         """Records a chunk of an answer."""
-        if self._first_at is None:
-            self._first_at = time.perf_counter()
         if index in self._empty and not chunk.text.isspace() and chunk.text:
             self._empty.discard(index)
         if chunk.finish is not None:
@@ -66,16 +63,12 @@ class CallObservation:
             self._add(*self._of, counts)
 
     def _counts(self, error: BaseException | None) -> TrafficCounts | None:
-        if not self._unfinished and self._first_at is not None:
-            first, total = self._first_at - self._started_at, time.perf_counter() - self._started_at
+        if not self._unfinished:
             return TrafficCounts(
                 requests=1,
                 empty=int(bool(self._empty)),
                 cut=int(self._cut),
-                first_token_seconds=first,
-                total_seconds=total,
-                first_token_histogram={latency_bucket(first): 1},
-                total_histogram={latency_bucket(total): 1},
+                total_histogram={latency_bucket(time.perf_counter() - self._started_at): 1},
             )
         return TrafficCounts(requests=1, errors=1) if _is_fault(error) else None
 
