@@ -104,7 +104,7 @@ def show_run(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show the scores, decisions and reasons of a nightly run."""
+    """Show the scores, decisions and reasons of a nightly run, and its rollouts."""
     from loramill.registry.nightly import get_run
 
     _, registry = open_registry()

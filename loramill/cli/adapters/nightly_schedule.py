@@ -80,7 +80,7 @@ def plan(json: JsonFlag = False) -> None:
 
 
 def status(json: JsonFlag = False) -> None:
-    """Show the schedule, faults of nightly.yaml, and how far the newest run is."""
+    """Show the schedule, faults of nightly.yaml, how far the newest run is, and the rollouts under way."""
     from loramill.pipelines.nightly.schedule.overview import schedule_overview
 
     settings, registry = open_registry()

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from loramill.durations import format_duration
 from loramill.pipelines.nightly.definition.promotion import SHADOW_SHARE, EvaluateDefinition, GateDefinition
-from loramill.pipelines.nightly.definition.schema import NightlyDefinition
+from loramill.pipelines.nightly.definition.schema import AdapterDefinition, NightlyDefinition, OverrideDefinition
 from loramill.pipelines.nightly.definition.training import (
     BudgetDefinition,
     FeedbackDefinition,
@@ -28,7 +28,7 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
         adapters: all adapters of the registry.
         next_times: the next scheduled times.
     """
-    split, gate = definition.split, definition.gate
+    split = definition.split
     found = [
         ("schedule", _schedule(definition.schedule, next_times)),
         ("adapters", _adapters(definition, adapters)),
@@ -41,17 +41,13 @@ def describe(definition: NightlyDefinition, adapters: list[str], next_times: lis
         ("training", _training(definition.train)),
         ("replay", _replay(definition.replay)),
         ("metrics", ", ".join(definition.evaluate.computed_metrics)),
-        *_evaluation(definition.evaluate, gate),
-        (
-            "gate",
-            f"{gate.metric}, with a confidence of {gate.confidence:.0%}: a gain of at least {gate.min_gain:g} on new "
-            f"data, and a loss of at most {gate.max_loss:g} on old",
-        ),
+        *_evaluation(definition.evaluate, definition.gate),
+        ("gate", _gate(definition.gate)),
         ("promotion", _promotion(definition)),
         ("budget", _budget(definition.budget)),
         ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
     ]
-    return found + [("override", f"for {listed(each.adapters)}") for each in definition.overrides]
+    return found + [("override", _override(each)) for each in definition.overrides]
 
 
 def _evaluation(evaluate: EvaluateDefinition, gate: GateDefinition) -> list[tuple[str, str]]:
@@ -84,10 +80,11 @@ def _adapters(definition: NightlyDefinition, adapters: list[str]) -> str:
 
 
 def _feedback(feedback: FeedbackDefinition) -> str:
-    parts = ["corrected answers become examples"] if feedback.corrections else []
+    parts = ["corrections become examples"] if feedback.corrections else []
     if feedback.ratings:
-        parts.append(f"ratings and corrections become preferences, from {counted(feedback.min_pairs, 'pair')} on")
-    return listed(parts) if parts else "not used"
+        least = counted(feedback.min_pairs, "pair")
+        parts.append(f"ratings and corrections become preferences (at least {least})")
+    return "; ".join(parts) or "not used"
 
 
 def _training(train: TrainDefinition) -> str:
@@ -106,9 +103,20 @@ def _replay(replay: ReplayDefinition) -> str:
     if not replay.on_policy:
         return plain
     return (
-        f"{plain}, and {replay.on_policy:.0%} of the training data are old prompts with the champion's own answers, "
-        f"of a token F1 of at least {replay.min_score:g}"
+        f"{plain}; {replay.on_policy:.0%} of the training data is old prompts with the champion's own answers "
+        f"(token F1 of at least {replay.min_score:g})"
     )
+
+
+def _gate(gate: GateDefinition) -> str:
+    gain = f"a gain of at least {gate.min_gain:g}" if gate.min_gain else "a gain"
+    loss = f"a loss of at most {gate.max_loss:g}" if gate.max_loss else "no loss"
+    return f"{gate.metric}, with a confidence of {gate.confidence:.0%}: {gain} on new data, and {loss} on old"
+
+
+def _override(override: OverrideDefinition) -> str:
+    sections = [name for name in AdapterDefinition.model_fields if getattr(override, name) is not None]
+    return f"{listed(sections) if sections else 'nothing'} for {listed(override.adapters)}"
 
 
 def _promotion(definition: NightlyDefinition) -> str:

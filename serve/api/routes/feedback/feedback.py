@@ -80,7 +80,7 @@ def list_feedback(
 def delete_user(query: Annotated[UserQuery, Query()], gateway: WrittenGatewayDep, caller: CallerDep) -> dict[str, Any]:
     """Deletes all stored completions of a user, with their feedback, which no further nightly run uses.
 
-    No gateway stores completions afterwards that have ended before.
+    Completions that ended before this call are not stored afterwards, by any gateway.
     """
     tenant = caller.require_tenant()
     with gateway.registry.writing(invalidate_caches=False) as session:
