@@ -63,7 +63,7 @@ TenantOption = Annotated[
     typer.Option(
         "--tenant",
         metavar="TENANT",
-        help="Show only this tenant (for an admin's key).",
+        help="Limit the command to this tenant (for an admin's key).",
         autocompletion=complete.tenants,
     ),
 ]

@@ -91,7 +91,7 @@ def delete_feedback(
     yes: YesFlag = False,
     json: JsonFlag = False,
 ) -> None:
-    """Delete the feedback on a completion, or everything that is stored of a user."""
+    """Delete the feedback on a completion, or all stored completions of a user."""
     if (completion is None) == (user is None):
         raise typer.BadParameter("give either --completion ID or --user USER.")
     if not yes:

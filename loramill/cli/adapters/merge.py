@@ -52,7 +52,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Write the merged model even if it exceeds --max-kl.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Merge an adapter into the base of the settings, and write a Hugging Face folder.
+    """Merge an adapter into the configured base, and write a Hugging Face folder.
 
     The merged model is compared with the unmerged adapter as it is served. The mean KL divergence in nats per token is
     printed and stored in the folder; if it exceeds --max-kl, nothing is written.

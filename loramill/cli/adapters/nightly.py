@@ -151,10 +151,10 @@ def retry(
     ],
     stage: Annotated[
         Literal["train", "evaluate", "gate", "promote"] | None,
-        typer.Option("--from", help="With a run: the first stage that is done again.", show_default=False),
+        typer.Option("--from", help="With a run: the first stage to repeat.", show_default=False),
     ] = None,
 ) -> None:
-    """Include data that was set aside in the next nightly run, or do the stages of a run again from one of them.
+    """Include data that was set aside in the next nightly run, or repeat the stages of a run from one of them on.
 
     The results of a run's earlier stages are kept.
     """

@@ -42,7 +42,7 @@ def set_retention(
     default: Annotated[bool, typer.Option("--default", help="Use the retention of the settings again.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Set which versions of an adapter are kept, in place of the settings, or show it if no option is given.
+    """Set an adapter's retention, which overrides that of the settings, or show it if no option is given.
 
     A version is removed if it is neither one of the newest nor younger than the age, and nothing refers to it. Options
     that are omitted are unset.

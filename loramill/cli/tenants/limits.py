@@ -93,10 +93,10 @@ def set_storage(
     name: TenantArgument,
     store: Annotated[
         bool | None,
-        typer.Option("--store/--no-store", help="Whether completions are stored whose request has `store: true`."),
+        typer.Option("--store/--no-store", help="Whether completions of requests with `store: true` are stored."),
     ] = None,
     days: Annotated[
-        str | None, typer.Option(metavar="DAYS", help="Days for which they are stored, or default.")
+        str | None, typer.Option(metavar="DAYS", help="Number of days that they are kept, or default.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
