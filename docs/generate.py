@@ -28,7 +28,7 @@ from loramill.client import Client
 from loramill.durations import format_duration
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.definition import NightlyDefinition, OverrideDefinition
-from loramill.pipelines.nightly.definition.available import UNAVAILABLE, is_available
+from loramill.pipelines.nightly.definition.available import UNAVAILABLE
 from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.serve.api.app import build_api
 from loramill.settings import Settings
@@ -207,12 +207,9 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 def nested_sections(name: str, model: type[BaseModel]) -> list[tuple[str, str, list[tuple[str, FieldInfo]]]]:
     """A section and those in it: title, text and keys of each."""
     if model is OverrideDefinition:  # its sections are described already
-        used = [(key, field) for key, field in model.model_fields.items() if UNAVAILABLE.get(key, ()) is not None]
-        return [(code(f"{name}[]"), docstring(model), used)]
-    if UNAVAILABLE.get(name, ()) is None:
-        return []
+        return [(code(f"{name}[]"), docstring(model), list(model.model_fields.items()))]
     many = get_origin(NightlyDefinition.model_fields[name].annotation) is tuple if "." not in name else False
-    keys = [(key, field) for key, field in model.model_fields.items() if is_available(name, key)]
+    keys = [(key, field) for key, field in model.model_fields.items() if (name, key) not in UNAVAILABLE]
     own = [(key, field) for key, field in keys if section_of(field) is None]
     found = [(code(f"{name}[]" if many else name), docstring(model), own)]
     for key, field in model.model_fields.items():

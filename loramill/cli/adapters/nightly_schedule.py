@@ -23,7 +23,7 @@ from loramill.cli.format import (
 )
 from loramill.cli.nightly_registry import open_registry
 from loramill.durations import rounded_duration
-from loramill.errors import DefinitionInvalid
+from loramill.errors import DefinitionInvalid, SetupError
 from loramill.plural import counted
 
 
@@ -35,24 +35,39 @@ def validate(
         ),
     ] = None,
 ) -> None:
-    """Check nightly.yaml, and print what it means. Exits with 1 if it has faults, which are all printed."""
+    """Check nightly.yaml, and print what it means. Exits with 1 if it has faults.
+
+    It prints all faults of keys and values at once, or else all contradictions between sections. It works without a
+    database, and then does not say which adapters the file selects.
+    """
     from loramill.pipelines.nightly.definition import load_definition, read_definition
     from loramill.pipelines.nightly.definition.describe import describe
     from loramill.pipelines.nightly.schedule.overview import coming_times
-    from loramill.registry import adapters
+    from loramill.settings import Settings
 
-    settings, registry = open_registry()
+    settings = Settings.load()
     try:
         definition = load_definition(settings) if file is None else read_definition(file)
     except DefinitionInvalid as error:
         for problem in error.problems or (error.message,):
             print_message(problem, style="red")
         raise typer.Exit(1) from error
-    with registry.reading() as session:
-        names = [each.name for each in adapters.list_adapters(session, None)]
     path = settings.nightly_file if file is None else file
     print_message(f"{path} is valid." if path.exists() else f"{path} does not exist; these are the defaults.")
-    print_fields(describe(definition, names, coming_times(definition.schedule, time.time())))
+    print_fields(describe(definition, _adapter_names(), coming_times(definition.schedule, time.time())))
+
+
+def _adapter_names() -> list[str] | None:
+    """The names of all adapters; None without a database."""
+    from loramill.registry import adapters
+
+    try:
+        _, registry = open_registry()
+    except SetupError as error:
+        print_message(f"The adapters are not listed: {error.message}")
+        return None
+    with registry.reading() as session:
+        return [each.name for each in adapters.list_adapters(session, None)]
 
 
 def plan(json: JsonFlag = False) -> None:

@@ -20,18 +20,18 @@ from loramill.plural import counted, listed
 _SHOWN_ADAPTERS = 8
 
 
-def describe(definition: NightlyDefinition, adapters: list[str], next_times: list[str]) -> list[tuple[str, str]]:
+def describe(definition: NightlyDefinition, adapters: list[str] | None, next_times: list[str]) -> list[tuple[str, str]]:
     """Returns a sentence for each topic.
 
     Args:
         definition: the definition.
-        adapters: all adapters of the registry.
+        adapters: all adapters of the registry; None: they are not known.
         next_times: the next scheduled times.
     """
     split = definition.split
     found = [
         ("schedule", _schedule(definition.schedule, next_times)),
-        ("adapters", _adapters(definition, adapters)),
+        *([] if adapters is None else [("adapters", _adapters(definition, adapters))]),
         *(("source", f"{each.url}, for {listed(each.adapters)}") for each in definition.sources),
         (
             "new data",

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, PlainSerializer, Validatio
 
 from loramill.durations import DURATION_EXAMPLES, format_duration, parse_duration
 from loramill.errors import SettingsInvalid
+from loramill.pipelines.nightly.definition.combinations import tokens
 
 #: `${NAME}` in a text, replaced by an environment variable when the text is used.
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -54,6 +55,15 @@ def _in_list(value: object) -> object:
 def _check_glob(value: str) -> str:
     if value != "*" and value.count("/") != 1:
         raise ValueError("must be * or tenant/adapter, where both may contain *, ? and [abc], such as acme/*")
+    if any("/" in token and token != "/" for token in tokens(value)):
+        raise ValueError("may not contain / in brackets: it separates tenant and adapter, as in acme/*")
+    return value
+
+
+def _check_placeholders(value: str) -> str:
+    unknown = set(re.findall(r"\{(.*?)\}", value)) - {"tenant", "adapter"}
+    if unknown:
+        raise ValueError(f"may not contain {{{min(unknown)}}}: only {{tenant}} and {{adapter}} are replaced")
     return value
 
 
@@ -113,7 +123,7 @@ Cron = Annotated[str, AfterValidator(_check_cron)]
 Timezone = Annotated[str, AfterValidator(_check_timezone)]
 #: A URL that may contain `${NAME}`: `expanded` returns what it stands for.
 WebUrl = Annotated[str, AfterValidator(_check_web_url)]
-#: A path relative to the folder of nightly.yaml, or a URL.
-Location = Annotated[str, AfterValidator(_resolve_location)]
+#: A path relative to the folder of nightly.yaml, or a URL; may contain {tenant} and {adapter}.
+Location = Annotated[str, AfterValidator(_check_placeholders), AfterValidator(_resolve_location)]
 #: `package.module:function`, or a file's path and `:function`; the path is relative to the folder of nightly.yaml.
 PythonFunction = Annotated[str, AfterValidator(_resolve_function)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,7 @@ _WORDS = {
     "int_type": "must be a whole number",
     "model_attributes_type": "must contain keys with values",
     "model_type": "must contain keys with values",
+    "string_too_short": "may not be empty",
     "string_type": "must be text",
     "tuple_type": "must be a list",
 }
@@ -62,8 +63,11 @@ def read_definition(path: Path) -> NightlyDefinition:
     except (OSError, UnicodeDecodeError) as error:
         raise DefinitionInvalid(f"{path} can't be read: {error}.") from error
     definition = parse_definition(text, path)
-    if unused := unavailable_keys(definition):
-        raise _invalid(path, [f"{path.name}: {key} is not available yet; leave it out." for key in unused])
+    if unused := [read_yaml(text).locate(key) for key in unavailable_keys(definition)]:
+        faults = [
+            f"{path.name}:{line}: {'.'.join(names)} is not available yet; leave it out." for line, names in unused
+        ]
+        raise _invalid(path, faults)
     return definition
 
 
@@ -93,13 +97,37 @@ def _invalid(path: Path, problems: Sequence[str]) -> DefinitionInvalid:
 def _problems(path: Path, read: YamlText, error: ValidationError) -> list[str]:
     """One sentence for each faulty place, in the order of the lines."""
     found: dict[tuple[int, str], list[str]] = {}
-    for each in error.errors():
-        cause = each.get("ctx", {}).get("error")
-        location = (*each["loc"], *(cause.path if isinstance(cause, DefinitionFault) else ()))
-        line, names = read.locate(location)
-        where = f"{path.name}:{line}: {'.'.join(names) or 'the file'}"
-        found.setdefault((line, where), []).append(_reason(each, location, cause))
+    for line, where, reason in _faults(read, error, ()):
+        found.setdefault((line, f"{path.name}:{line}: {where}"), []).append(reason)
     return [f"{where}{_joined(reasons)}" for (_, where), reasons in sorted(found.items())]
+
+
+def _faults(read: YamlText, error: ValidationError, above: tuple[str | int, ...]) -> Iterator[tuple[int, str, str]]:
+    """The line, the place and the reason of each fault; the place begins the sentence that the reason ends.
+
+    Args:
+        read: the text.
+        error: the faults of a section.
+        above: where the section is.
+    """
+    for each in error.errors():
+        cause, location = each.get("ctx", {}).get("error"), (*above, *each["loc"])
+        if isinstance(cause, ValidationError):
+            yield from _faults(read, cause, location)
+        elif isinstance(cause, DefinitionFault):
+            for fault in cause.found:
+                line, names = _first_located(read, fault.keys)
+                override = f"{'.'.join(names[:2])}: " if names[:1] == ("overrides",) else ""
+                yield line, override, f"{fault.reason}."
+        else:
+            line, names = read.locate(location)
+            yield line, ".".join(names) or "the file", _reason(each, location, cause)
+
+
+def _first_located(read: YamlText, keys: Sequence[tuple[str | int, ...]]) -> tuple[int, tuple[str, ...]]:
+    """The place of the first key that the text has, or else of the section of the first one."""
+    places = [(key, *read.locate(key)) for key in keys]
+    return next(((line, names) for key, line, names in places if len(names) == len(key)), places[0][1:])
 
 
 def _joined(reasons: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ DEFAULT_METRICS: tuple[Metric, ...] = ("exact_match", "token_f1", "rouge_l")
 def _check_metrics(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
     if not metrics:
         raise ValueError("must contain at least one metric")
+    if repeated := [name for name in metrics if metrics.count(name) > 1]:
+        raise ValueError(f"may not contain {repeated[0]} twice")
     return metrics
 
 
@@ -78,6 +80,7 @@ class EvaluateDefinition(FrozenModel):
     judge: JudgeDefinition | None = Field(default=None, description="The model for the metric `judge`.")
     slices_by: str | None = Field(
         default=None,
+        min_length=1,
         description="Field of the rows' `metadata` by whose values held-out examples are divided into slices, each "
         "with at least 5 examples.",
     )

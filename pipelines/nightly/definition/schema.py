@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, field_serializer, model_validator
 
+from loramill.pipelines.nightly.definition.combinations import TooManyCombinations, combinations
 from loramill.pipelines.nightly.definition.fields import Globs
 from loramill.pipelines.nightly.definition.promotion import (
     CanaryDefinition,
@@ -25,6 +27,7 @@ from loramill.pipelines.nightly.definition.training import (
     SplitDefinition,
     TrainDefinition,
 )
+from loramill.plural import listed
 from loramill.types import FrozenModel
 
 _Section = TypeVar("_Section", bound=BaseModel)
@@ -42,25 +45,43 @@ class AdapterDefinition(FrozenModel):
     canary: CanaryDefinition = Field(default=CanaryDefinition())
     watch: WatchDefinition = Field(default=WatchDefinition())
 
-    def fault(self) -> tuple[str, str] | None:
-        """Returns a section that contradicts another one, with the reason; None if they fit together."""
-        metrics = self.evaluate.computed_metrics
+    def faults(self) -> Iterator[Contradiction]:
+        """The sections that contradict each other."""
+        evaluate, metric, metrics = self.evaluate, self.gate.metric, self.evaluate.computed_metrics
         for name in ("scorer", "judge"):
-            if name in metrics and getattr(self.evaluate, name) is None:
-                return "evaluate", f"metrics contains {name}, but evaluate.{name} is not set"
-        if self.gate.metric not in metrics:
-            return "gate", f"metric is {self.gate.metric}, which evaluate.metrics does not contain"
+            is_set, keys = getattr(evaluate, name) is not None, (("evaluate", "metrics"), ("evaluate", name))
+            if name in metrics and not is_set:
+                yield Contradiction(keys, f"evaluate.metrics contains {name}, but evaluate.{name} is not set")
+            if is_set and name not in metrics:
+                reason = (
+                    f"evaluate.{name} is set, but evaluate.metrics does not list {name}; add it, or set {name} to null"
+                )
+                yield Contradiction(keys, reason)
+        if metric not in metrics:
+            unset = metric in ("scorer", "judge") and getattr(evaluate, metric) is None
+            missing = f"evaluate.{metric} is not set" if unset else "evaluate.metrics does not list it"
+            yield Contradiction(
+                (("gate", "metric"), ("evaluate", "metrics")), f"gate.metric is {metric}, but {missing}"
+            )
         if self.canary.starts and not self.watch.window:
-            return "watch", "window is 0s, but a canary lasts for watch.window; set a longer one, or no canary"
-        return None
+            reason = "watch.window is 0s, but a canary lasts that long; set a longer one, or no canary"
+            yield Contradiction((("watch", "window"), ("canary", "share"), ("canary", "shadow")), reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """What is wrong with sections, and the keys that it is about: the first one that the file has is where it is."""
+
+    keys: tuple[tuple[str | int, ...], ...]
+    reason: str
 
 
 class DefinitionFault(ValueError):
-    """Sections contradict each other; `path` leads to one of them in the file."""
+    """Sections contradict each other."""
 
-    def __init__(self, path: tuple[str | int, ...], reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
+    def __init__(self, found: Sequence[Contradiction]) -> None:
+        super().__init__("; ".join(each.reason for each in found))
+        self.found = tuple(found)
 
 
 class OverrideDefinition(FrozenModel):
@@ -119,12 +140,39 @@ class NightlyDefinition(FrozenModel):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        if fault := self._overlaid([]).fault():
-            raise DefinitionFault((fault[0],), fault[1])
-        for index, override in enumerate(self.overrides):
-            if fault := self._overlaid([override]).fault():
-                raise DefinitionFault(("overrides", index, fault[0]), fault[1])
+        try:
+            applied = combinations([each.adapters for each in self.overrides])
+        except TooManyCombinations as error:
+            reason = "their globs can match together in too many ways; use fewer with several *"
+            raise DefinitionFault([Contradiction((("overrides",),), reason)]) from error
+        found: dict[Contradiction, Contradiction] = {}
+        for numbers in sorted(applied, key=lambda each: (len(each), each)):
+            for cause, shown in self._faults(numbers, applied[numbers]):
+                found.setdefault(cause, shown)
+        if found:
+            raise DefinitionFault(list(found.values()))
         return self
+
+    def _faults(self, numbers: tuple[int, ...], adapter: str) -> Iterator[tuple[Contradiction, Contradiction]]:
+        """The contradictions under some overrides together, as they are and as they are shown, with the override.
+
+        Args:
+            numbers: of the overrides, in their order.
+            adapter: an adapter that exactly these match.
+        """
+        overrides = [self.overrides[number] for number in numbers]
+        steps = [set(self._overlaid(overrides[:count]).faults()) for count in range(len(overrides) + 1)]
+        for fault in sorted(steps[-1], key=lambda each: each.reason):
+            # The last override before which there was no such contradiction.
+            last = next((count for count in reversed(range(len(steps))) if fault not in steps[count]), None)
+            if last is None:
+                yield fault, fault
+                continue
+            keys = tuple(("overrides", numbers[last], *key) for key in fault.keys)
+            alone = fault in set(self._overlaid([overrides[last]]).faults())
+            together = listed([str(number + 1) for number in numbers])
+            reason = fault.reason if alone else f"{fault.reason}. Overrides {together} match adapters such as {adapter}"
+            yield Contradiction(keys, fault.reason), Contradiction(keys, reason)
 
     def includes(self, adapter: str) -> bool:
         """Whether runs retrain an adapter."""

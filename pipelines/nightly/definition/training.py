@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from loramill.errors import InvalidRequest
 from loramill.pipelines.nightly.definition.fields import (
@@ -15,9 +17,10 @@ from loramill.pipelines.nightly.definition.fields import (
     Location,
     Timezone,
 )
+from loramill.submission.defaults import requested_fields
 from loramill.submission.options import JobOptions
 from loramill.submission.sweep import check_sweep
-from loramill.types import FrozenModel
+from loramill.types import FrozenModel, JobSpec
 
 #: Options of a job that nightly.yaml sets by other keys, or that the pipeline chooses.
 _OTHER_OPTIONS = {
@@ -26,6 +29,9 @@ _OTHER_OPTIONS = {
     "base": "nightly runs train on the setting `base`",
     "objective": "new examples are trained as answers, and feedback sets what becomes preferences",
 }
+
+#: What a job needs besides its options.
+_SOME_JOB = {"base": "", "adapter": "", "train": "", "steps": 1, "batch_size": 1}
 
 #: What is not set stays so when a definition is stored and read again.
 _ONLY_SET = PlainSerializer(
@@ -42,7 +48,26 @@ def _check_options(options: JobOptions) -> JobOptions:
             check_sweep(options.sweep)
         except InvalidRequest as error:
             raise ValueError(error.message) from error
+    faults = list(_out_of_range(options.model_dump(exclude_unset=True), ()))
+    for name, values in (options.sweep or {}).items():
+        for index, value in enumerate(values):
+            faults += _out_of_range({name: value}, ("sweep", name, index))
+    if faults:
+        raise ValidationError.from_exception_data("options", faults)
     return options
+
+
+def _out_of_range(options: Mapping[str, object], place: tuple[str | int, ...]) -> Iterator[InitErrorDetails]:
+    """The faults of options that a job would not take; `place` leads to the value of a sweep."""
+    try:
+        requested = requested_fields(JobOptions.model_validate(options))
+        JobSpec.model_validate(_SOME_JOB | {name: requested[name] for name in requested.keys() & JobSpec.model_fields})
+    except InvalidRequest as error:
+        raise ValueError(error.message) from error
+    except ValidationError as error:
+        for each in error.errors():
+            found = InitErrorDetails(type=each["type"], loc=place or each["loc"], input=each["input"])
+            yield found | {"ctx": each["ctx"]} if "ctx" in each else found
 
 
 def _read_columns(value: object) -> object:
@@ -88,9 +113,6 @@ class SourceDefinition(FrozenModel):
 
     @model_validator(mode="after")
     def _tenants_do_not_share(self) -> Self:
-        unknown = set(re.findall(r"\{(.*?)\}", self.url)) - {"tenant", "adapter"}
-        if unknown:
-            raise ValueError(f"url contains {{{min(unknown)}}}; only {{tenant}} and {{adapter}} are replaced")
         several = [glob for glob in self.adapters if re.search(r"[*?\[]", glob.partition("/")[0])]
         if several and "{tenant}" not in self.url:
             raise ValueError(

@@ -65,6 +65,19 @@ def test_files_that_are_no_definition(registry: Registry, tmp_path: Path, conten
     assert ok("nightly", "status").stderr, "the faults are shown, and the command works"
 
 
+def test_a_file_is_checked_without_a_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clear_settings(monkeypatch)
+    monkeypatch.setenv("LORAMILL_HOME", str(tmp_path / "home"))
+    (file := tmp_path / "nightly.yaml").write_text("split: {held_out: 0.2}\n")
+    shown = ok("nightly", "validate", str(file))
+    assert "20% is held out" in shown.stdout and "adapters" not in shown.stdout
+    assert "nightly.yaml is valid" in shown.stderr and "The adapters are not listed" in shown.stderr
+    file.write_text("split: {held_out: 2}\n")
+    ran = loramill("nightly", "validate", str(file))
+    assert ran.exit_code == 1 and "split.held_out must be" in ran.stderr and "database" not in ran.stderr
+    assert not (tmp_path / "home" / "loramill.db").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

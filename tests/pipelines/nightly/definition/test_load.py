@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from pathlib import Path
 
@@ -65,9 +66,10 @@ def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DefinitionInvalid) as refused:
         read_definition(file)
-    names = ["gate.approval", "overrides.0.split.by"]
-    assert [text.split()[1] for text in refused.value.problems] == names
-    assert refused.value.problems[0] == "nightly.yaml: gate.approval is not available yet; leave it out."
+    assert list(refused.value.problems) == [
+        "nightly.yaml:1: gate.approval is not available yet; leave it out.",
+        "nightly.yaml:2: overrides.1.split.by is not available yet; leave it out.",
+    ]
     file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
     assert read_definition(file).gate.confidence == 0.9
 
@@ -122,13 +124,49 @@ def test_every_fault_is_reported_at_once_in_the_order_of_lines() -> None:
         ("evaluate: {metrics: []}\n", "nightly.yaml:1: evaluate.metrics must contain at least one metric."),
         (
             "canary: {share: 0.1}\noverrides:\n- adapters: acme/*\n  watch: {window: 0s}\n",
-            "nightly.yaml:4: overrides.1.watch: window is 0s, but a canary lasts for watch.window; set a longer "
-            "one, or no canary.",
+            "nightly.yaml:4: overrides.1: watch.window is 0s, but a canary lasts that long; set a longer one, or no "
+            "canary.",
         ),
-        ("gate: {metric: judge}\n", "nightly.yaml:1: gate: metric is judge, which evaluate.metrics does not contain."),
+        (
+            "watch: {window: 0s}\noverrides:\n- adapters: acme/*\n  canary: {shadow: true}\n",
+            "nightly.yaml:4: overrides.1: watch.window is 0s, but a canary lasts that long; set a longer one, or no "
+            "canary.",
+        ),
+        ("gate: {metric: judge}\n", "nightly.yaml:1: gate.metric is judge, but evaluate.judge is not set."),
+        (
+            "gate: {metric: loss}\n",
+            "nightly.yaml:1: gate.metric is loss, but evaluate.metrics does not list it.",
+        ),
+        (
+            "\nevaluate:\n  metrics: [exact_match]\n",
+            "nightly.yaml:3: gate.metric is token_f1, but evaluate.metrics does not list it.",
+        ),
         (
             "adapters: [a/*]\noverrides:\n  - adapters: a/b\n    evaluate:\n      metrics: [token_f1, judge]\n",
-            "nightly.yaml:4: overrides.1.evaluate: metrics contains judge, but evaluate.judge is not set.",
+            "nightly.yaml:5: overrides.1: evaluate.metrics contains judge, but evaluate.judge is not set.",
+        ),
+        (
+            "evaluate:\n  scorer: a:b\n  metrics: [token_f1]\n",
+            "nightly.yaml:3: evaluate.scorer is set, but evaluate.metrics does not list scorer; add it, or set scorer "
+            "to null.",
+        ),
+        (
+            "evaluate: {metrics: [token_f1, loss, token_f1]}\n",
+            "nightly.yaml:1: evaluate.metrics may not contain token_f1 twice.",
+        ),
+        (
+            "evaluate: {slices_by: ''}\n",
+            "nightly.yaml:1: evaluate.slices_by may not be empty; it is ''.",
+        ),
+        (
+            "evaluate: {golden: 'golden/{user}.jsonl'}\n",
+            "nightly.yaml:1: evaluate.golden may not contain {user}: only {tenant} and {adapter} are replaced; it is "
+            "'golden/{user}.jsonl'.",
+        ),
+        (
+            "adapters: a[/]b\n",
+            "nightly.yaml:1: adapters may not contain / in brackets: it separates tenant and adapter, as in acme/*; "
+            "it is 'a[/]b'.",
         ),
         (
             "train:\n  options: {start_from: champion}\n",
@@ -138,10 +176,94 @@ def test_every_fault_is_reported_at_once_in_the_order_of_lines() -> None:
             "train:\n  options: {sweep: {rank: [8]}}\n",
             "nightly.yaml:2: train.options: 'rank' has 1 value: give at least two, or set the option instead.",
         ),
+        (
+            "train:\n  options:\n    epochs: 2\n    rank: -1\n",
+            "nightly.yaml:4: train.options.rank must be greater than or equal to 1; it is -1.",
+        ),
+        (
+            "train: {options: {sweep: {rank: [8, 512]}}}\n",
+            "nightly.yaml:1: train.options.sweep.rank.2 must be less than or equal to 256; it is 512.",
+        ),
+        (
+            "train: {options: {sweep: {rank: [8, x]}}}\n",
+            "nightly.yaml:1: train.options.sweep.rank.2 must be a whole number; it is 'x'.",
+        ),
+        (
+            "train: {options: {layers: 7-3}}\n",
+            "nightly.yaml:1: train.options: 'loramill.layers': '7-3' is not an index or a range of layers; write for "
+            "instance 0-7,20.",
+        ),
     ],
 )
 def test_a_fault_names_its_line_and_what_is_allowed(text: str, message: str) -> None:
     assert problem(text) == message
+
+
+def test_all_options_out_of_range_are_reported() -> None:
+    wrong = {"rank": 0, "learning_rate": -1, "epochs": 0, "batch_size": 0, "alpha": 0, "dropout": 1, "steps": 0}
+    found = problems("train:\n  options:\n" + "".join(f"    {name}: {value}\n" for name, value in wrong.items()))
+    assert [text.split()[:3] for text in found] == [
+        [f"nightly.yaml:{line}:", f"train.options.{name}", "must"] for line, name in enumerate(wrong, 3)
+    ]
+    right = {"rank": 8, "learning_rate": 1e-4, "epochs": 2, "layers": "0-3", "targets": "all-linear", "method": "qlora"}
+    parse_definition(f"train: {{options: {json.dumps(right | {'train_on': 'last'})}}}\n", FILE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "- {adapters: acme/*, canary: {share: 0.2}}\n- {adapters: '*/legal', watch: {window: 0s}}\n",
+            "nightly.yaml:3: overrides.2: watch.window is 0s, but a canary lasts that long; set a longer one, or no "
+            "canary. Overrides 1 and 2 match adapters such as acme/legal.",
+        ),
+        (
+            "- {adapters: acme/*, gate: {metric: loss}, evaluate: {metrics: [loss]}}\n"
+            "- {adapters: [bolt/*, '*/legal'], evaluate: {metrics: [token_f1]}}\n",
+            "nightly.yaml:3: overrides.2: gate.metric is loss, but evaluate.metrics does not list it. Overrides 1 and "
+            "2 match adapters such as acme/legal.",
+        ),
+    ],
+)
+def test_overrides_that_match_one_adapter_may_not_contradict_each_other(text: str, message: str) -> None:
+    assert problem(f"overrides:\n{text}") == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # No adapter has both.
+        "- {adapters: acme/*, canary: {share: 0.2}}\n- {adapters: bolt/*, watch: {window: 0s}}\n",
+        # The third one removes the contradiction, whenever the first two match.
+        "- {adapters: acme/*, canary: {share: 0.2}}\n- {adapters: '*', canary: {share: 0.0}}\n"
+        "- {adapters: '*/legal', watch: {window: 0s}}\n",
+        # What a later one needs is set by an earlier one, for all adapters that it matches.
+        "- {adapters: '*', evaluate: {judge: {url: 'https://judge/v1', model: big}}}\n"
+        "- {adapters: acme/*, gate: {metric: judge}}\n",
+    ],
+)
+def test_overrides_are_checked_only_as_they_match_together(text: str) -> None:
+    assert len(parse_definition(f"overrides:\n{text}", FILE).overrides) >= 2
+
+
+def test_contradictions_are_reported_at_once() -> None:
+    assert [
+        each.partition(": ")[2]
+        for each in problems(
+            "gate: {metric: judge}\ncanary: {share: 0.1}\nwatch: {window: 0s}\n"
+            "overrides: [{adapters: a/b, evaluate: {metrics: [loss]}}]\n"
+        )
+    ] == [
+        "gate.metric is judge, but evaluate.judge is not set.",
+        "watch.window is 0s, but a canary lasts that long; set a longer one, or no canary.",
+    ]
+
+
+def test_globs_that_match_in_too_many_ways_are_refused() -> None:
+    text = "".join(f"- {{adapters: '*{a}*{b}*/x', gate: {{max_loss: 0.1}}}}\n" for a in "abcdef" for b in "abcdef")
+    assert problem(f"overrides:\n{text}") == (
+        "nightly.yaml:1: overrides: their globs can match together in too many ways; use fewer with several *."
+    )
 
 
 @pytest.mark.parametrize(
