@@ -32,6 +32,7 @@
     │   ├── ArtifactMissing          500 artifact_missing
     │   └── ArtifactCorrupt          500 artifact_corrupt
     ├── AdapterInvalid               500 adapter_invalid        the engine cannot serve an adapter
+    ├── EvaluationError              500 evaluation_failed      a scorer or a judge gave no score
     ├── EngineFault                  500 engine_fault           a step failed, or an invariant of the engine is violated
     └── JobError                     500 job_failed
         ├── LeaseLost                500 lease_lost
