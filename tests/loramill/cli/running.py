@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from typer.testing import CliRunner, Result
 from loramill.cli import app
 
 from ..conftest import RunningGateway
+
+#: The command in a process of its own.
+COMMAND = [sys.executable, "-m", "loramill.cli"]
 
 
 def clear_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,5 +45,7 @@ def ok(*arguments: str, stdin: str | None = None) -> Result:
 
 
 def json_output(*arguments: str) -> Any:
-    """The JSON that a command prints with --json."""
-    return json.loads(ok(*arguments, "--json").stdout)
+    """The JSON that a command prints with --json, and nothing else."""
+    ran = ok(*arguments, "--json")
+    assert ran.stderr == ""
+    return json.loads(ran.stdout)

@@ -32,6 +32,7 @@ def test_a_canary_is_started_changed_shown_and_ended(gateway: RunningGateway, te
     assert "has no canary" in loramill("adapters", "canary", name, "--end").stderr
     shadow = loramill("adapters", "canary", f"{name}@{second[:12]}", "--share", "1", "--shadow").stderr
     assert "answers copies of 100% of the requests" in shadow
+    assert loramill("adapters", "canary", name, "--end").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_the_jobs_file_of_the_documentation_runs() -> None:
     table("acme.csv", "question,answer")
     Path("bolt.jsonl").write_bytes(examples(12, "bolt"))
     Path("valid.jsonl").write_bytes(examples(5, "valid"))
-    found = json_output("submit", "--file", "jobs.toml")
+    found = json.loads(ok("submit", "--file", "jobs.toml", "--json").stdout)
     assert [each["job"]["adapter"] for each in found] == ["acme/support", "bolt/sales"]
     assert trained_on(found[0]["job"]["id"])[3] == {"prompt": "what is acme.csv 3?", "completion": "number 3"}
 

@@ -116,7 +116,7 @@ def test_a_file_of_jobs(tenant: str, tmp_path: Path) -> None:
     first = ok("submit", "--file", str(file), "--steps", "5")
     assert "60 jobs submitted; " in first.stderr and len(first.stdout.splitlines()) == 61
     file.write_text(file.read_text() + f"{tenant}/more,train.jsonl,\n")
-    again = json_output("submit", "--file", str(file), "--steps", "5")
+    again = json.loads(ok("submit", "--file", str(file), "--steps", "5", "--json").stdout)
     assert [each["new"] for each in again] == [False] * 60 + [True]
     assert (again[7]["job"]["spec"]["rank"], again[7]["job"]["steps"]) == (8, 5)
     assert again[60]["where"] == "jobs.csv, line 62"
