@@ -129,15 +129,20 @@ def simulate(folder: Path, base: Base, tokenizer: ChatTokenizer, patch: pytest.M
     """Creates a simulation with twelve tenants in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     create_sqlite_database(f"sqlite:///{folder / 'loramill.db'}")
-    patch.setattr(run, "find_base", lambda *_: base)
-    patch.setattr(ChatTokenizer, "load", lambda *_: tokenizer)
-    patch.setattr(train.time, "sleep", lambda seconds: None)
+    patch_runs(patch, base, tokenizer)
     simulation = Simulation(folder)
     (folder / "nightly.yaml").write_text("split: {held_out: 0.3}\n")
     with simulation.registry.writing() as session:
         for adapter in TWELVE:
             tenants.create(session, adapter.partition("/")[0])
     return simulation
+
+
+def patch_runs(patch: pytest.MonkeyPatch, base: Base, tokenizer: ChatTokenizer) -> None:
+    """Runs get a base and its tokenizer, and do not wait between two looks at their jobs."""
+    patch.setattr(run, "find_base", lambda *_: base)
+    patch.setattr(ChatTokenizer, "load", lambda *_: tokenizer)
+    patch.setattr(train.time, "sleep", lambda seconds: None)
 
 
 def labeled(adapter: str, batch: int, *, words_of: int | None = None, count: int = 60) -> list[dict[str, Any]]:
