@@ -6,6 +6,7 @@ lock that one of them holds, or for the thread pool in which MinHash signatures 
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import signal
@@ -69,6 +70,7 @@ def start_runs(folder: Path) -> None:
         for line in iter(sys.stdin.readline, ""):
             pid = os.fork()
             if pid == 0:
+                faulthandler.dump_traceback_later(600, exit=True)  # a run that hangs shows where, and fails
                 run(folder, None if line == "None\n" else int(line))
                 os._exit(0)
             write_line(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
