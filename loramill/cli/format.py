@@ -32,6 +32,7 @@ _STYLES = {
     "warn": "yellow",
     "held": "yellow",
     "rejected": "red",
+    "awaiting": "yellow",
     "paused": "yellow",
 }
 _AGO_UNITS = ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "h"), (30 * 86400, 86400, "d"))

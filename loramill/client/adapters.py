@@ -17,6 +17,7 @@ from loramill.submission.options import drop_none
 from loramill.types import (
     AdapterData,
     AdapterRecord,
+    Approval,
     DeletionSummary,
     NewDataState,
     Removal,
@@ -96,6 +97,33 @@ class AdaptersResource:
     def end_canary(self, name: str) -> RolloutState:
         """Ends the canary of an adapter: its champion answers all requests again."""
         return parse_object(RolloutState, self._transport.request_json("DELETE", f"{_adapter_path(name)}/canary"))
+
+    def list_approvals(self, tenant: str | None = None) -> Sequence[Approval]:
+        """Returns the challengers that passed the gate of a nightly run and wait for approval.
+
+        Args:
+            tenant: Only those of this tenant (for an admin's key).
+        """
+        return [
+            parse_object(Approval, row) for row in self._transport.paginate("/v1/adapters/approvals", tenant=tenant)
+        ]
+
+    def approve(self, name: str, run: str, note: str = "") -> Approval:
+        """Lets a challenger that waits for approval take over, as nightly.yaml specified during the run.
+
+        Args:
+            name: `tenant/adapter`.
+            run: ID of the nightly run.
+            note: Why; the report of the run shows it.
+
+        Raises:
+            Conflict: It was decided before, or the champion is not the one that it was compared with.
+        """
+        return self._decide(name, run, "approve", note)
+
+    def reject(self, name: str, run: str, note: str = "") -> Approval:
+        """Drops a challenger that waits for approval; its version is kept. See `approve`."""
+        return self._decide(name, run, "reject", note)
 
     def rename(self, name: str, to: str) -> AdapterRecord:
         """Renames an adapter with everything that belongs to it; the tenant stays the same."""
@@ -221,6 +249,11 @@ class AdaptersResource:
     def list(self, tenant: str | None = None) -> Sequence[AdapterRecord]:
         """Returns the adapters that the API key may use, or those of one tenant, with their aliases."""
         return [parse_object(AdapterRecord, row) for row in self._transport.paginate("/v1/adapters", tenant=tenant)]
+
+    def _decide(self, name: str, run: str, decision: str, note: str) -> Approval:
+        body = {"run": run, "decision": decision, "note": note}
+        response = self._transport.request_json("POST", f"{_adapter_path(name)}/approval", json=body)
+        return parse_object(Approval, response)
 
     def _post(self, name: str, action: str, **body: str) -> AdapterRecord:
         path = f"{_adapter_path(name)}/{action}"

@@ -187,7 +187,7 @@ def promote(session: Session, name: AdapterName | str, version: str, reason: str
     _check_owned(session, name, version)
     champion = aliases.get(Alias.CHAMPION)
     if champion != version:
-        _check_not_pinned(session, name)
+        check_not_pinned(session, name)
         _move_alias(session, name, Alias.PREVIOUS, champion, reason)
         _make_champion(session, name, version, aliases, reason)
         _end_rollout(session, name, reason)
@@ -202,7 +202,7 @@ def rollback(session: Session, name: AdapterName | str, reason: str) -> AdapterR
         Conflict: the adapter has no previous champion, or is pinned.
     """
     aliases = _lock(session, name)
-    _check_not_pinned(session, name)
+    check_not_pinned(session, name)
     previous = aliases.get(Alias.PREVIOUS)
     if previous is None:
         raise Conflict(f"'{name}' has no previous champion to roll back to.")
@@ -254,6 +254,20 @@ def lock(session: Session, name: AdapterName | str) -> None:
     _lock(session, name)
 
 
+def check_not_pinned(session: Session, name: AdapterName | str) -> None:
+    """Checks that the champion of an adapter may change.
+
+    Raises:
+        Conflict: the adapter is pinned.
+    """
+    if session.get_one(AdapterRow, str(name)).pinned:
+        champion = _aliases(session, name)[Alias.CHAMPION]
+        raise Conflict(
+            f"'{name}' is pinned to its champion {champion[:SHORT_HASH_LENGTH]}; "
+            f"`loramill adapters unpin {name}` allows it to change."
+        )
+
+
 def get_owned_version(session: Session, name: AdapterName | str, version: str) -> VersionRecord:
     """Returns the adapter's version with this full hash.
 
@@ -284,15 +298,6 @@ def _lock(session: Session, name: AdapterName | str) -> dict[Alias, str]:
 def _check_owned(session: Session, name: AdapterName | str, version: str) -> None:
     if session.get(VersionRow, (str(name), version)) is None:
         raise NotFound(f"'{name}' has no version '{version}'.", param="version")
-
-
-def _check_not_pinned(session: Session, name: AdapterName | str) -> None:
-    if session.get_one(AdapterRow, str(name)).pinned:
-        champion = _aliases(session, name)[Alias.CHAMPION]
-        raise Conflict(
-            f"'{name}' is pinned to its champion {champion[:SHORT_HASH_LENGTH]}; "
-            f"`loramill adapters unpin {name}` allows it to change."
-        )
 
 
 def _raise_if_pruned(session: Session, name: AdapterName | str, digits: str, model: str) -> None:

@@ -29,6 +29,7 @@ from loramill.registry.database.tables import (
 from loramill.types import (
     AdapterData,
     Alias,
+    ApprovalState,
     DatasetRecord,
     NewData,
     NewDataState,
@@ -258,7 +259,10 @@ def record_step(
     status: StepStatus,
     result: Mapping[str, Any],
 ) -> NightlyStep:
-    """Writes the status and the result of a step, replacing earlier ones; `result` is JSON with finite numbers."""
+    """Writes the status and the result of a step, replacing earlier ones; `result` is JSON with finite numbers.
+
+    A step waits for a person if its result has a pending `approval`.
+    """
     now = time.time()
     row = session.get(NightlyStepRow, (run, str(adapter), step))
     if row is None:
@@ -266,6 +270,7 @@ def record_step(
         session.add(row)
     row.status, row.result = status, dict(result)
     row.finished_at = None if status is StepStatus.PENDING else now
+    row.waits = True if result.get("approval", {}).get("state") == ApprovalState.PENDING else None
     session.flush()
     return NightlyStep.model_validate(row)
 

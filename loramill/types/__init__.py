@@ -5,6 +5,7 @@ Times are seconds since the epoch (UTC). IDs have a prefix for their kind, as in
 """
 
 from loramill.types.adapters import AdapterRecord, Alias, AliasChange, DeletionSummary, VersionRecord
+from loramill.types.approvals import Approval, ApprovalState
 from loramill.types.base import FrozenModel
 from loramill.types.datasets import DatasetRecord
 from loramill.types.devices import GpuInfo
@@ -54,6 +55,7 @@ from loramill.types.nightly import (
 )
 from loramill.types.retention import Removal, RetentionPolicy
 from loramill.types.rollouts import (
+    Introduction,
     RolloutKind,
     RolloutOutcome,
     RolloutRecord,
@@ -74,6 +76,8 @@ __all__ = [
     "AdapterRecord",
     "Alias",
     "AliasChange",
+    "Approval",
+    "ApprovalState",
     "AuditRecord",
     "Candidate",
     "CandidateState",
@@ -92,6 +96,7 @@ __all__ = [
     "FeedbackRecord",
     "FrozenModel",
     "GpuInfo",
+    "Introduction",
     "JobAttempt",
     "JobEvent",
     "JobRecord",

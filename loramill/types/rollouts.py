@@ -51,6 +51,19 @@ class WatchPolicy(WatchLimits):
     window_seconds: float = Field(default=3600.0, ge=0, description="How long the versions are compared, in seconds.")
 
 
+class Introduction(FrozenModel):
+    """How a version that passed the gate takes over."""
+
+    share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests that it answers before it is promoted, 0 to 1; 0: it is promoted at once.",
+    )
+    shadow: bool = Field(default=False, description="Whether it answers copies of that share, which are not sent.")
+    policy: WatchPolicy = Field(default=WatchPolicy(), description="When it is rolled back.")
+
+
 class RolloutKind(StrEnum):
     """What a rollout does with the traffic."""
 

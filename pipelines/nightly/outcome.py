@@ -12,7 +12,7 @@ from loramill.errors import first_lines
 from loramill.pipelines.nightly.collection.counts import CollectedCounts
 from loramill.pipelines.nightly.evaluation.results import GOLDEN_SLICE
 from loramill.pipelines.nightly.gate.candidates import GateVerdict
-from loramill.types import FrozenModel, NightlyStep, StepStatus
+from loramill.types import ApprovalState, FrozenModel, NightlyStep, StepStatus
 
 
 class Verdict(StrEnum):
@@ -22,7 +22,8 @@ class Verdict(StrEnum):
     HELD = "held"
     CANARY = "canary"  # it passed the gate, and answers a share of the requests
     SHADOW = "shadow"  # it passed the gate, and answers copies of a share
-    REJECTED = "rejected"  # there is evidence of harm
+    REJECTED = "rejected"  # there is evidence of harm, or a person rejected it
+    AWAITING = "awaiting approval"  # it passed the gate, and waits for a person
     FAILED = "failed"
     WAITING = "waiting"  # for more data
     SKIPPED = "skipped"  # nothing in its data is new
@@ -35,6 +36,11 @@ _GATE_VERDICTS = {
     GateVerdict.PROMOTE: Verdict.PROMOTED,
     GateVerdict.HOLD: Verdict.HELD,
     GateVerdict.REJECT: Verdict.REJECTED,
+}
+_APPROVAL_VERDICTS = {
+    ApprovalState.PENDING: Verdict.AWAITING,
+    ApprovalState.REJECTED: Verdict.REJECTED,
+    ApprovalState.SUPERSEDED: Verdict.HELD,
 }
 #: Verdicts that make a nightly run end with exit status 1.
 UNSUCCESSFUL = (Verdict.FAILED, Verdict.INTERRUPTED)
@@ -150,7 +156,8 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
             return Verdict.FAILED, step.step, f"{step.step}: {error}.{_next_step_hint(adapter, step.result)}"
     gate = done.get("gate")
     if gate is not None:
-        return _gate_verdict(done.get("promote", gate)), "promote", str(gate["reason"])
+        promotion = done.get("promote", {})
+        return _gate_verdict(promotion or gate), "promote", str(gate["reason"]) + _approval_words(promotion)
     last = steps[-1]
     for verdict in (Verdict.WAITING, Verdict.SKIPPED):
         if verdict in last.result:
@@ -161,8 +168,26 @@ def _verdict(adapter: str, steps: list[NightlyStep], done: Mapping[str, Mapping[
     return Verdict.RUNNING, last.step, ""
 
 
+def _approval_words(promotion: Mapping[str, Any]) -> str:
+    """What a person decided about a challenger that passed the gate, as the end of its reason."""
+    approval = promotion.get("approval")
+    if approval is None:
+        return ""
+    by, note = approval["decided_by"], f": {approval['note']}" if approval["note"] else ""
+    match ApprovalState(approval["state"]):
+        case ApprovalState.PENDING:
+            return "; it waits for approval"
+        case ApprovalState.SUPERSEDED:
+            return f"; no one approved it before the challenger of {by} passed the gate"
+        case state:
+            return f"; {state} by {by}{note}"
+
+
 def _gate_verdict(result: Mapping[str, Any]) -> Verdict:
     """The verdict in the result of the gate's step, or of the promotion's."""
+    state = ApprovalState(result.get("approval", {}).get("state", ApprovalState.APPROVED))
+    if state is not ApprovalState.APPROVED:
+        return _APPROVAL_VERDICTS[state]
     if "rollout" in result:
         return Verdict(result["rollout"])
     if "verdict" not in result:  # older runs recorded a boolean, under the name of the step

@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from loramill.cli import complete
+from loramill.cli.adapters.nightly_approve import print_waiting
 from loramill.cli.adapters.rollouts import print_rollouts
 from loramill.cli.arguments import AdapterArgument, JsonFlag
 from loramill.cli.format import (
@@ -256,14 +257,17 @@ def _print_run(
     from loramill.pipelines.nightly.outcome import outcomes, summary
     from loramill.pipelines.nightly.rollout.overview import rollouts_around
     from loramill.registry.nightly import list_set_aside, list_steps
+    from loramill.registry.nightly_approvals import list_waiting
 
     with registry.reading() as session:
+        waiting = list_waiting(session, run=nightly_run.id)
         steps = [*list_steps(session, nightly_run.id), *deleted]
         aside = [each for each in list_set_aside(session) if each.run != nightly_run.id]
         rollouts = rollouts_around(session, nightly_run, time.time())
     found = outcomes(steps)
     if json:
         lists: dict[str, Sequence[Any]] = {"adapters": found, "rollouts": rollouts, "set_aside": aside, "steps": steps}
+        lists["approvals"] = waiting
         dumped = {name: [each.model_dump(mode="json") for each in rows] for name, rows in lists.items()}
         print_line(dumps(nightly_run.model_dump(mode="json") | dumped, indent=2))
         return found
@@ -271,6 +275,7 @@ def _print_run(
         columns = ("ADAPTER", "METRIC", "BASE", "CHAMPION", "CHALLENGER", "DECISION", "REASON")
         print_table(columns, (outcome_row(each) for each in found), empty="")
     print_rollouts(rollouts)
+    print_waiting(waiting)
     scan = nightly_run.sources
     for problem in scan.problems if scan is not None else ():
         print_message(f"{problem.url} could not be read: {first_lines(problem.reason)}", style="red")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loramill.cli.adapters.nightly_approve import print_waiting
 from loramill.cli.adapters.rollouts import print_rollouts
 from loramill.cli.arguments import JsonFlag
 from loramill.cli.format import (
@@ -95,7 +96,7 @@ def plan(json: JsonFlag = False) -> None:
 
 
 def status(json: JsonFlag = False) -> None:
-    """Show the schedule, faults of nightly.yaml, how far the newest run is, and the rollouts under way."""
+    """Show the schedule, faults of nightly.yaml, how far the newest run is, rollouts, and what waits for approval."""
     from loramill.pipelines.nightly.schedule.overview import schedule_overview
 
     settings, registry = open_registry()
@@ -120,6 +121,7 @@ def status(json: JsonFlag = False) -> None:
             pairs.append(("process", f"{run.holder}, last heartbeat {rounded_duration(run.silent_seconds)} ago"))
     print_fields(pairs)
     print_rollouts(found.rollouts)
+    print_waiting(found.approvals)
     for problem in found.problems:
         print_message(problem, style="red")
     if found.problems:

@@ -15,6 +15,7 @@ from loramill.cli.adapters.generate import generate
 from loramill.cli.adapters.import_folder import import_adapter
 from loramill.cli.adapters.merge import merge
 from loramill.cli.adapters.nightly import backfill, drop, retry, run, show_data, show_run
+from loramill.cli.adapters.nightly_approve import approve
 from loramill.cli.adapters.nightly_report import report
 from loramill.cli.adapters.nightly_schedule import history, plan, status, validate
 from loramill.cli.adapters.retention import prune_adapters, set_retention
@@ -57,6 +58,7 @@ def add_adapter_commands(app: typer.Typer) -> None:
     nightly.command("status")(status)
     nightly.command("history")(history)
     nightly.command("data")(show_data)
+    nightly.command("approve")(approve)
     nightly.command("retry")(retry)
     nightly.command("drop")(drop)
     nightly.command("backfill")(backfill)

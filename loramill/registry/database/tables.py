@@ -329,14 +329,19 @@ class NightlyTimeRow(TableBase):
 
 
 class NightlyStepRow(TableBase):
-    """One step of a nightly run for one adapter."""
+    """One step of a nightly run for one adapter; `waits` is true while it waits for a person, and else null.
+
+    The index lets one step of an adapter wait, since nulls are distinct.
+    """
 
     __tablename__ = "nightly_steps"
+    __table_args__ = (Index("ix_nightly_steps_waits", "waits", "adapter", unique=True),)
     run: Mapped[str] = mapped_column(ForeignKey("nightly_runs.id"), primary_key=True)
     adapter: Mapped[str] = mapped_column(ForeignKey("adapters.name"), primary_key=True)
     step: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[StepStatus] = mapped_column(_text_enum(StepStatus))
     result: Mapped[dict[str, Any]]
+    waits: Mapped[bool | None] = mapped_column(default=None)
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
 

@@ -11,7 +11,15 @@ from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.registry import adapters
 from loramill.registry.rollouts import records
-from loramill.types import AdapterRecord, Alias, RolloutKind, RolloutOutcome, RolloutRecord, WatchPolicy
+from loramill.types import (
+    AdapterRecord,
+    Alias,
+    Introduction,
+    RolloutKind,
+    RolloutOutcome,
+    RolloutRecord,
+    WatchPolicy,
+)
 
 
 def start_canary(
@@ -81,6 +89,37 @@ def start_canary(
         started_at=now,
         ends_at=ends_at,
     )
+
+
+def introduce(
+    session: Session, name: AdapterName | str, version: str, how: Introduction, *, run: str, reason: str
+) -> RolloutKind | None:
+    """Promotes a version, or starts its canary or shadow, at the end of which it is promoted or dropped.
+
+    The first version of an adapter is its champion already, and has nothing to be compared with.
+
+    Returns:
+        What was started; None: the version was promoted, and is watched if the policy's window is not 0.
+
+    Raises:
+        NotFound: the adapter or the version does not exist.
+        Conflict: the adapter is pinned to another version.
+    """
+    if adapters.get(session, name).champion in (None, version) or not how.share:
+        promote_watched(session, name, version, reason, policy=how.policy, run=run)
+        return None
+    started = start_canary(
+        session,
+        name,
+        share=how.share,
+        shadow=how.shadow,
+        version=version,
+        policy=how.policy,
+        promote_at_end=True,
+        run=run,
+        reason=reason,
+    )
+    return started.kind
 
 
 def end_canary(session: Session, name: AdapterName | str, reason: str) -> RolloutRecord:

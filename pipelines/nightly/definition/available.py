@@ -5,7 +5,7 @@ from __future__ import annotations
 from loramill.pipelines.nightly.definition.schema import NightlyDefinition
 
 #: Sections and keys.
-UNAVAILABLE = (("split", "by"), ("gate", "approval"))
+UNAVAILABLE = (("split", "by"),)
 
 
 def unavailable_keys(definition: NightlyDefinition) -> list[tuple[str | int, ...]]:

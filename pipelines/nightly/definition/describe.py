@@ -128,7 +128,8 @@ def _promotion(definition: NightlyDefinition) -> str:
     watched = (
         f"watched for {window} and at least {counted(watch.min_requests, 'request')}" if watch.window else "not watched"
     )
-    return f"{start}; a new champion is {watched}"
+    approval = "after a person has approved it, " if definition.gate.approval == "manual" else ""
+    return f"{approval}{start}; a new champion is {watched}"
 
 
 def _budget(budget: BudgetDefinition) -> str:

@@ -125,7 +125,8 @@ class GateDefinition(FrozenModel):
     )
     approval: Literal["automatic", "manual"] = Field(
         default="automatic",
-        description="Whether a challenger that passes is promoted at once, or waits for `loramill nightly approve`.",
+        description="automatic: a challenger that passes is promoted. manual: it waits for `loramill nightly "
+        "approve`, until a later challenger passes.",
     )
 
 
@@ -175,6 +176,6 @@ class NotifyDefinition(FrozenModel):
     )
     on: Literal["always", "changes", "problems"] = Field(
         default="changes",
-        description="After which runs: all, those that promoted or failed, or those that failed; also if a version was "
-        "rolled back since the run before.",
+        description="After which runs: all, those that promoted, ask for approval or failed, or those that failed; "
+        "also if a version was rolled back since the run before.",
     )

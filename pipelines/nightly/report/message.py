@@ -27,7 +27,7 @@ def should_notify(report: NightlyReport, on: NotifyOn) -> bool:
 
     Args:
         report: the run.
-        on: "always": each run; "changes": runs in which an adapter was promoted or failed;
+        on: "always": each run; "changes": runs in which an adapter was promoted, waits for approval or failed;
             "problems": runs in which something failed or was interrupted. Both: also if a version was rolled back.
     """
     if on == "always" or not report.succeeded or _rolled_back(report):
@@ -49,6 +49,8 @@ def slack_message(report: NightlyReport, where: str) -> dict[str, Any]:
         found = [each for each in report.adapters if each.verdict is verdict]
         if verdict not in (Verdict.WAITING, Verdict.SKIPPED, Verdict.RUNNING):
             sections.append(_section(verdict, found))
+        if verdict is Verdict.AWAITING:
+            sections[-1] += f"\n`loramill nightly approve {report.run} --all` approves all of them"
     if undone := _rolled_back(report):
         lines = [f"• {_escaped(each.adapter)}: {_escaped(_cut(each.reason, _REASON))}" for each in undone[:_NAMED]]
         sections.append("\n".join([f"*Rolled back: {counted(len(undone), 'adapter')}*", *lines]))

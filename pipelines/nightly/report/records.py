@@ -40,7 +40,7 @@ def read_records(
 
     Args:
         registry: the registry of the run.
-        settings: for the devices of the pool.
+        settings: for the devices of the pool, and the address of the gateway.
         run: the run.
         deleted: steps of adapters that were deleted during the run; they are not in the registry.
         interrupted: why the run stopped before its end.
@@ -61,6 +61,7 @@ def read_records(
             rollouts=rollouts_around(session, run, now),
             device="gpu" if settings.jobs.on_gpu else "cpu",
             interrupted=interrupted,
+            gateway=settings.gateway if settings.url or settings.address_file.exists() else None,
         )
     # Outside of the transaction: an artifact store may be slow.
     scores = {adapter: _scores(registry.artifacts, runs) for adapter, runs in evaluated.items() if len(runs) > 1}

@@ -113,6 +113,9 @@ class ReportLink(FrozenModel):
 
     name: str = Field(description="What it does.")
     command: str = Field(description="The command.")
+    url: str | None = Field(
+        default=None, description="Page of the gateway that does the same. Null: there is none, or it is unknown."
+    )
 
 
 class AdapterReport(FrozenModel):

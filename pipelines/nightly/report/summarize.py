@@ -37,12 +37,15 @@ from loramill.pipelines.nightly.rollout.overview import RolloutOverview
 from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.types import JobRecord, NightlyRun, NightlyStep, SetAsideData
 
+#: Where the documentation of the gateway sends the request that approves.
+APPROVAL_PAGE = "/docs#/adapters/decide_approval_v1_adapters__tenant___adapter__approval_post"
 #: Points of a curve: on a page of 420 units more would be on top of each other.
 CURVE_POINTS = 120
 #: Problems first, then changes; verdicts that are not listed come after these.
 _ORDER = (
     Verdict.FAILED,
     Verdict.INTERRUPTED,
+    Verdict.AWAITING,
     Verdict.REJECTED,
     Verdict.HELD,
     Verdict.PROMOTED,
@@ -64,6 +67,7 @@ class RunRecords:
         rollouts: those of the run, and those around it.
         device: what the jobs trained on.
         interrupted: why the run stopped before its end.
+        gateway: URL of the gateway, if it is known.
     """
 
     run: NightlyRun
@@ -77,6 +81,7 @@ class RunRecords:
     rollouts: Sequence[RolloutOverview] = ()
     device: Literal["gpu", "cpu"] | None = None
     interrupted: str | None = None
+    gateway: str | None = None
 
 
 def summarize(records: RunRecords) -> NightlyReport:
@@ -151,7 +156,7 @@ def _adapter(
             evaluated,
             seconds,
         ),
-        links=tuple(_links(outcome, every, job)),
+        links=tuple(_links(records, outcome, every, job)),
     )
 
 
@@ -214,10 +219,17 @@ def _cost(
     )
 
 
-def _links(outcome: Outcome, results: Mapping[str, Mapping[str, Any]], job: JobRecord | None) -> Iterable[ReportLink]:
+def _links(
+    records: RunRecords, outcome: Outcome, results: Mapping[str, Mapping[str, Any]], job: JobRecord | None
+) -> Iterable[ReportLink]:
     name, version = outcome.adapter, results.get("train", {}).get("version")
     if outcome.verdict is Verdict.DELETED:
         return
+    if outcome.verdict is Verdict.AWAITING:
+        page = None if records.gateway is None else records.gateway + APPROVAL_PAGE
+        approve = f"loramill nightly approve {records.run.id} {name}"
+        yield ReportLink(name="Approve it", command=approve, url=page)
+        yield ReportLink(name="Reject it", command=f"{approve} --reject", url=page)
     yield ReportLink(name="Versions and evaluations", command=f"loramill adapters show {name}")
     if job is not None:
         yield ReportLink(name="Job", command=f"loramill jobs show {job.id}")
@@ -226,7 +238,7 @@ def _links(outcome: Outcome, results: Mapping[str, Mapping[str, Any]], job: JobR
     elif outcome.verdict in (Verdict.CANARY, Verdict.SHADOW):
         yield ReportLink(name="Promote it now", command=f"loramill promote {name}@challenger")
         yield ReportLink(name="End the canary", command=f"loramill adapters canary {name} --end")
-    elif version and results.get("gate"):
+    elif version and results.get("gate") and outcome.verdict is not Verdict.AWAITING:
         command = f"loramill promote {name}@{str(version)[:SHORT_HASH_LENGTH]}"
         yield ReportLink(name="Promote it all the same", command=command)
     if any(each.get("data") == "set aside" for each in results.values()):

@@ -15,9 +15,9 @@ from loramill.pipelines.nightly.rollout.overview import RolloutOverview, rollout
 from loramill.pipelines.nightly.schedule.lease import LEASE_SECONDS, is_dead
 from loramill.pipelines.nightly.schedule.policy import decide_due, shown
 from loramill.pipelines.nightly.schedule.times import next_time
-from loramill.registry import Registry, nightly, nightly_schedule
+from loramill.registry import Registry, nightly, nightly_approvals, nightly_schedule
 from loramill.settings import Settings
-from loramill.types import FrozenModel, NightlyRun, StepStatus
+from loramill.types import Approval, FrozenModel, NightlyRun, StepStatus
 
 
 class RunOverview(FrozenModel):
@@ -47,6 +47,7 @@ class ScheduleOverview(FrozenModel):
     rollouts: tuple[RolloutOverview, ...] = Field(
         description="Rollouts that are under way, or ended since the run before the newest one."
     )
+    approvals: tuple[Approval, ...] = Field(description="Challengers of all runs that wait for approval.")
 
 
 def schedule_overview(registry: Registry, settings: Settings, now: float | None = None) -> ScheduleOverview:
@@ -62,6 +63,7 @@ def schedule_overview(registry: Registry, settings: Settings, now: float | None 
     with registry.reading() as session:
         state = nightly_schedule.schedule_state(session, now)
         run = state.last_run
+        waiting = nightly_approvals.list_waiting(session)
         rollouts = () if run is None else rollouts_around(session, run.model_copy(update={"finished_at": None}), now)
     last = state.last_time
     since = max(last.scheduled_at if last else now, run.created_at if run else 0.0)
@@ -74,6 +76,7 @@ def schedule_overview(registry: Registry, settings: Settings, now: float | None 
         due=decide_due(schedule, since, now).reason,
         run=None if run is None else run_overview(registry, run, now),
         rollouts=tuple(rollouts),
+        approvals=tuple(waiting),
     )
 
 

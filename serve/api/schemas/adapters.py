@@ -5,15 +5,24 @@ from __future__ import annotations
 from typing import Annotated, Literal, NotRequired
 
 from fastapi import Query, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from loramill.serve.api.schemas.common import ALL_FIELDS, CreatedAt, Deleted, ObjectType, RequestBody, response_object
+from loramill.serve.api.schemas.common import (
+    ALL_FIELDS,
+    CreatedAt,
+    Deleted,
+    ObjectType,
+    RequestBody,
+    response_object,
+    without_nul,
+)
 from loramill.types import (
     AdapterData,
     AdapterRecord,
     Alias,
     AliasChange,
+    Approval,
     DeletionSummary,
     EvaluationRecord,
     NewDataState,
@@ -74,6 +83,16 @@ class CanaryRequest(RequestBody):
         """The fields of a `WatchPolicy` that the request sets."""
         given = {"window_seconds": self.promote_after_seconds, "min_requests": self.min_requests}
         return {name: value for name, value in given.items() if value is not None}
+
+
+class ApprovalRequest(RequestBody):
+    """The decision about a challenger that passed the gate of a nightly run."""
+
+    run: Annotated[str, AfterValidator(without_nul)] = Field(description="ID of the nightly run.")
+    decision: Literal["approve", "reject"] = Field(description="Whether the challenger takes over or is dropped.")
+    note: Annotated[str, AfterValidator(without_nul)] = Field(
+        default="", max_length=500, description="Why; the report of the run shows it."
+    )
 
 
 class RenameRequest(RequestBody):
@@ -222,6 +241,14 @@ class AdapterRollout(RolloutState):
     model_config = ALL_FIELDS
 
     object: ObjectType[Literal["adapter.rollout"]]
+
+
+class AdapterApproval(Approval):
+    """A challenger that waits for a person, or waited for one."""
+
+    model_config = ALL_FIELDS
+
+    object: ObjectType[Literal["adapter.approval"]]
 
 
 class AdapterHistory(Adapter):

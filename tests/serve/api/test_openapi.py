@@ -30,6 +30,7 @@ from loramill.serve.api.middleware.authentication import OPEN_PATHS
 from loramill.submission.dataset_checks import DATA_FILE
 from loramill.types import CompletionKind, CompletionRecord, CompletionStorage, JobSpec, VersionRecord
 
+from ...loramill.registry.waiting_challengers import ask
 from .routes.adapters.test_adapter_imports import form
 
 Json = dict[str, Any]
@@ -124,6 +125,7 @@ def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
             adapters.add_version(session, VersionRecord(**made, job=None))
             adapters.promote(session, name, version, "to have a previous one")
         tenants.set_storage(session, tenant, CompletionStorage(store_completions=True))
+        run = ask(session, name, versions[0], versions[1]).run
         completions.add_many(session, [stored(tenant, CompletionKind.CHAT), stored(tenant, CompletionKind.TEXT)])
     return {
         "tenant": [tenant],
@@ -135,6 +137,7 @@ def known(site: Any, tenant: str, jsonl: Any) -> dict[str, list[Any]]:
         "training_file": [used],
         "file": ["a.bin"],
         "job_id": [job],
+        "run": [run],
         "version": ["champion", versions[1][:8]],
     }
 
@@ -197,6 +200,9 @@ def test_every_operation_answers_as_described(
             "POST /v1/adapters/{tenant}/{adapter}/import": {"files": form()},
             "POST /v1/adapters/{tenant}/{adapter}/data": {"json": {"training_file": file}},
             "POST /v1/adapters/{tenant}/{adapter}/rename": {"json": {"to": f"{tenant}/{known['adapter'][0]}"}},
+            "POST /v1/adapters/{tenant}/{adapter}/approval": {
+                "json": {"run": known["run"][0], "decision": "reject", "note": "no"}
+            },
             "POST /v1/adapters/{tenant}/{adapter}/canary": {"json": {"share": 0.1, "version": "previous"}},
         }
         site.publish(f"{tenant}/spare", f"{tenant} spare")

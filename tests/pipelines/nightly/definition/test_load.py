@@ -61,14 +61,14 @@ def test_a_file_that_the_setting_names_must_exist(tmp_path: Path) -> None:
 def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "nightly.yaml"
     file.write_text(
-        "gate: {confidence: 0.9, approval: manual}\n"
+        "gate: {confidence: 0.9, approval: manual}\nsplit: {by: session}\n"
         "overrides: [{adapters: acme/*, split: {by: session}, gate: {max_loss: 0.2}}]\n"
     )
     with pytest.raises(DefinitionInvalid) as refused:
         read_definition(file)
     assert list(refused.value.problems) == [
-        "nightly.yaml:1: gate.approval is not available yet; leave it out.",
-        "nightly.yaml:2: overrides.1.split.by is not available yet; leave it out.",
+        "nightly.yaml:2: split.by is not available yet; leave it out.",
+        "nightly.yaml:3: overrides.1.split.by is not available yet; leave it out.",
     ]
     file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
     assert read_definition(file).gate.confidence == 0.9

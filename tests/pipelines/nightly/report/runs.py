@@ -59,6 +59,13 @@ def complete(
     return [step(adapter, stage, results[stage]) for stage in STAGES]
 
 
+def awaiting(adapter: str, gain: float = 0.2) -> list[NightlyStep]:
+    """The steps of an adapter whose challenger waits for a person."""
+    *before, last = complete(adapter, gain)
+    question = {"state": "pending", "decided_by": None, "note": "", "version": NEW, "champion": OLD}
+    return [*before, step(adapter, "promote", last.result | {"promoted": False, "champion": OLD, "approval": question})]
+
+
 def failed(adapter: str, error: str = "The loss is NaN.", stage: str = "train") -> list[NightlyStep]:
     """The steps of an adapter that failed in a stage, and whose data is set aside."""
     before = [each for each in complete(adapter) if STAGES.index(each.step) < STAGES.index(stage)]

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 
 from loramill.pipelines.nightly.report.html import render_html
-from loramill.pipelines.nightly.report.summarize import summarize
+from loramill.pipelines.nightly.report.summarize import APPROVAL_PAGE, summarize
 from loramill.types import RolloutKind, StepStatus
 
-from .runs import aside, complete, failed, records, rollout, step
+from .runs import aside, awaiting, complete, failed, records, rollout, step
 
 VOID = {"meta", "input", "line", "polyline", "circle", "br"}
 #: End tags that HTML lets a page leave out.
@@ -50,6 +50,16 @@ class Page(HTMLParser):
 
 def page_of(*steps, **changes) -> str:
     return render_html(summarize(records([each for group in steps for each in group], **changes)))
+
+
+@pytest.mark.parametrize("gateway", [None, "https://llm.example.org"])
+def test_a_challenger_that_waits_has_the_command_that_approves_it(gateway: str | None) -> None:
+    text = page_of(awaiting("acme/a"), gateway=gateway)
+    command = "loramill nightly approve nightly-1 acme/a"
+    assert f"It waits for approval: <code>{command}</code>" in text and f"<code>{command} --reject</code>" in text
+    assert "Promote it all the same" not in text
+    links = {each["href"] for each in Page(text).all("a")} - {"#adapter-1"}
+    assert links == (set() if gateway is None else {gateway + APPROVAL_PAGE})
 
 
 def test_the_page_has_every_part_of_the_report() -> None:

@@ -11,7 +11,7 @@ from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.pipelines.nightly.report.summarize import summarize
 from loramill.types import NightlyStep, StepStatus
 
-from .runs import complete, failed, records, rollout, step
+from .runs import awaiting, complete, failed, records, rollout, step
 
 
 def report_of(*steps: list[NightlyStep], **changes) -> NightlyReport:
@@ -34,6 +34,17 @@ def test_the_message_has_counts_names_and_the_place_of_the_report() -> None:
     assert message["blocks"][-1]["elements"][0]["text"] == "nightly-1: /srv/nightly-report.html"
 
 
+def test_the_message_says_how_many_wait_for_approval_and_how_to_approve() -> None:
+    report = report_of(awaiting("acme/a"), awaiting("acme/b", 0.1), complete("acme/c"))
+    assert [should_notify(report, on) for on in ("problems", "changes", "always")] == [False, True, True]
+    message = slack_message(report, "x")
+    assert message["text"] == "✅ Nightly run: 1 promoted, 2 awaiting approval."
+    assert texts(message)[2] == (
+        "*Awaiting approval*\nacme/a (+0.200), acme/b (+0.100)\n"
+        "`loramill nightly approve nightly-1 --all` approves all of them"
+    )
+
+
 def test_a_message_about_hundreds_of_adapters_stays_within_slacks_limits() -> None:
     steps = [failed(f"acme/{'long' * 15}{number}", "x" * 500) for number in range(300)]
     message = slack_message(report_of(*steps, interrupted="y" * 9000), "z" * 9000)
@@ -52,6 +63,7 @@ def test_slacks_markup_in_what_tenants_wrote_is_escaped() -> None:
     [
         (failed("acme/a"), "problems"),
         (complete("acme/a"), "changes"),
+        (awaiting("acme/a"), "changes"),
         (complete("acme/a", promote=False), "always"),
         ([], "always"),
     ],

@@ -91,6 +91,7 @@ def _requests(it: Names, mine: str) -> list[tuple[str, str, dict[str, Any]]]:
         ("POST", f"{adapter}/canary", {"json": {"share": 0.5}}),
         ("POST", f"{own}/canary", {"json": {"share": 0.5, "version": it.version}}),
         ("DELETE", f"{adapter}/canary", {}),
+        ("POST", f"{adapter}/approval", {"json": {"run": "nightly-0", "decision": "approve"}}),
         ("POST", f"{adapter}/retention", {"json": {"retention": {"keep_versions": 1}}}),
         ("DELETE", adapter, {"params": {"cancel_jobs": "true"}}),
         ("DELETE", f"{adapter}/versions/{it.version}", {"params": {"force": "true"}}),

@@ -66,6 +66,8 @@ TABLE: dict[str, tuple[Scope, ...]] = {
     "POST /v1/adapters/*/*/warm": (MANAGE,),
     "POST /v1/adapters/*/*/canary": (MANAGE,),
     "DELETE /v1/adapters/*/*/canary": (MANAGE,),
+    "GET /v1/adapters/approvals": (MANAGE, READ),
+    "POST /v1/adapters/*/*/approval": (MANAGE,),
     "POST /v1/adapters/*/*/retention": (MANAGE,),
     "POST /v1/adapters/prune": (MANAGE,),
     "GET /v1/adapters/*/*/data": (TRAIN, READ),
