@@ -55,7 +55,7 @@ def approve(
     decided, failed = [], False
     for name in adapters or ():
         try:
-            decided.append(_decide(registry, run, name, reject=reject, note=reason))
+            decided.append(decide(registry, run, name, reject=reject, note=reason))
         except LoramillError as error:
             failed = True
             print_message(error.message, style="red")
@@ -80,7 +80,7 @@ def print_waiting(waiting: Sequence[Approval]) -> None:
         )
 
 
-def _decide(registry: Registry, run: str, name: str, *, reject: bool, note: str) -> Approval:
+def decide(registry: Registry, run: str, name: str, *, reject: bool, note: str) -> Approval:
     """Approves or rejects, with its entry in the audit."""
     from loramill.names import AdapterName
     from loramill.registry import audit, nightly_approvals

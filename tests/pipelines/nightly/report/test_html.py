@@ -57,6 +57,7 @@ def test_a_challenger_that_waits_has_the_command_that_approves_it(gateway: str |
     text = page_of(awaiting("acme/a"), gateway=gateway)
     command = "loramill nightly approve nightly-1 acme/a"
     assert f"It waits for approval: <code>{command}</code>" in text and f"<code>{command} --reject</code>" in text
+    assert "loramill nightly approve nightly-1 --all" in text and "--all" not in page_of(complete("acme/a"))
     assert "Promote it all the same" not in text
     links = {each["href"] for each in Page(text).all("a")} - {"#adapter-1"}
     assert links == (set() if gateway is None else {gateway + APPROVAL_PAGE})
