@@ -28,7 +28,6 @@ from loramill.client import Client
 from loramill.durations import format_duration
 from loramill.models.catalog import Base
 from loramill.pipelines.nightly.definition import NightlyDefinition, OverrideDefinition
-from loramill.pipelines.nightly.definition.available import UNAVAILABLE
 from loramill.pipelines.nightly.report.schema import NightlyReport
 from loramill.serve.api.app import build_api
 from loramill.settings import Settings
@@ -209,8 +208,7 @@ def nested_sections(name: str, model: type[BaseModel]) -> list[tuple[str, str, l
     if model is OverrideDefinition:  # its sections are described already
         return [(code(f"{name}[]"), docstring(model), list(model.model_fields.items()))]
     many = get_origin(NightlyDefinition.model_fields[name].annotation) is tuple if "." not in name else False
-    keys = [(key, field) for key, field in model.model_fields.items() if (name, key) not in UNAVAILABLE]
-    own = [(key, field) for key, field in keys if section_of(field) is None]
+    own = [(key, field) for key, field in model.model_fields.items() if section_of(field) is None]
     found = [(code(f"{name}[]" if many else name), docstring(model), own)]
     for key, field in model.model_fields.items():
         if (below := section_of(field)) is not None:

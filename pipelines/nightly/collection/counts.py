@@ -14,7 +14,8 @@ class CollectedCounts(FrozenModel):
         held_out: new examples that are held out.
         repeated: equal to another row, or to one that was used before.
         leaked: left out, because they equal or resemble held-out examples.
-        trained: of validation files, left out, because they equal or resemble examples that were trained on.
+        trained: of validation files or of held-out values, left out, because they equal or resemble examples that were
+            trained on.
         quarantined: not valid.
     """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sqlalchemy.orm import Session
@@ -13,8 +13,10 @@ from loramill.data.examples import read_row
 from loramill.errors import BaseUnusable, NotFound
 from loramill.models.catalog import Base
 from loramill.names import SHORT_HASH_LENGTH, AdapterName
+from loramill.pipelines.nightly.collection.division import Division
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, digest, fingerprints
 from loramill.pipelines.nightly.collection.relation import Known
+from loramill.pipelines.nightly.definition import SplitDefinition
 from loramill.registry import ArtifactStore, adapters, content, datasets, jobs
 from loramill.types import ContentSide, JobSpec, VersionRecord
 
@@ -119,6 +121,25 @@ def originals(known: Known) -> Callable[[bytes], bool]:
     """Returns whether a row was trained on as it arrived, rather than with a champion's answer in its place."""
     trained = {each.digest for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.TRAIN}
     return lambda row: digest(read_row(row, 1)) in trained
+
+
+def known_division(
+    session: Session, artifacts: ArtifactStore, past: Past, known: Known, old: Sequence[bytes], split: SplitDefinition
+) -> Division | None:
+    """The sides of the values that `split.by` divides rows by, as earlier runs decided them; None: it is not set.
+
+    A value that the champion's validation data has, and no data that it was trained on, is held out.
+    """
+    if split.by is None:
+        return None
+    division = Division(split.by, split.held_out)
+    before = read_rows(session, artifacts, past.valid) if past.valid else []
+    validated, trained = (
+        {division.key(read_row(row, line).metadata) for line, row in enumerate(rows, 1)} for rows in (before, old)
+    )
+    held = dict.fromkeys((key for key in validated - trained if key is not None), ContentSide.HELD_OUT)
+    decided = {each.digest: side for each, side in zip(known.examples, known.sides, strict=True)}
+    return replace(division, sides=held | decided)
 
 
 def read_rows(session: Session, artifacts: ArtifactStore, dataset: str) -> list[bytes]:

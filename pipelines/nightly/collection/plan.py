@@ -20,6 +20,7 @@ from loramill.pipelines.nightly.collection.past import (
     Past,
     find_past,
     known_content,
+    known_division,
     old_rows,
     originals,
     read_rows,
@@ -104,9 +105,12 @@ def plan_training(
     checked = of_one_format(check_rows(new_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
     checked = with_enough_pairs(checked, rules.min_pairs)
     check_share(checked, rules.split.max_bad_rows)
-    rows = sort_rows(checked, known, rules.split, rules.minimum)
+    division = known_division(session, artifacts, past, known, old, rules.split)
+    rows = sort_rows(checked, known, rules.split, rules.minimum, division)
     work = _Work(Freezer(session, artifacts, name), past, base, run, rules, rows)
     if not rows.train and not rows.pairs:
+        if held := sum(not each.validation for each in rows.held):
+            return InsufficientData(f"{counted(held, 'new example')}, and none to train on. {_kept_out(rules)}")
         result = collected_result(work.freezer, checked, rows.counts)
         return NothingNew(f"nothing new: {rows.counts.describe()}.", result)
     planned = _plan_examples(work, old, known) if rows.train else _plan_preferences(work, new_data)
@@ -130,8 +134,10 @@ class _Work:
     rows: SortedRows
 
     def record(self, side: ContentSide, dataset: str, rows: Sequence[DecidedRow]) -> None:
-        """Records the content of rows for later runs."""
-        found = {each.fingerprint.digest: each.fingerprint.sketch.tobytes() for each in rows}
+        """Records the content of rows for later runs, and the sides of their values."""
+        new = [each for each in rows if each.fate is not Fate.REPEATED]  # a pair of an example that is recorded
+        found = {each.fingerprint.digest: each.fingerprint.sketch.tobytes() for each in new}
+        found |= {each.group: b"" for each in rows if each.group is not None and each.side is side}
         content.record(
             self.freezer.session, self.freezer.name, side, list(found.items()), dataset=dataset, run=self.run
         )
@@ -145,8 +151,8 @@ def _plan_examples(work: _Work, rows_before: Sequence[bytes], known: Known) -> d
     starts = _starts(rules.train, past)
     # New weights have to learn everything that the champion was trained on.
     old = filter(originals(known), shuffled(rows_before, past.champion or ""))
-    replay = _replay(old if starts[0] == "fresh" else islice(old, rules.replay), kept_out, rules)
-    if (reason := _too_few(work.rows.decided, replay, rules.minimum, evaluated=past.valid is not None)) is not None:
+    replay = _replay(old if starts[0] == "fresh" else islice(old, rules.replay), kept_out, work)
+    if (reason := _too_few(work.rows.decided, replay, rules, evaluated=past.valid is not None)) is not None:
         return InsufficientData(reason)
 
     rows, held_rows = [each.raw for each in work.rows.train], [each.raw for each in work.rows.held]
@@ -162,7 +168,7 @@ def _plan_examples(work: _Work, rows_before: Sequence[bytes], known: Known) -> d
     spec = _spec(work, frozen, valid, starts[0])
     planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}}
     if "fresh" in starts[1:]:
-        everything = freezer.freeze("train-fresh", [*rows, *replay, *_replay(old, kept_out, rules)])
+        everything = freezer.freeze("train-fresh", [*rows, *replay, *_replay(old, kept_out, work)])
         planned["fresh"] = _spec(work, everything, valid, "fresh").model_dump(mode="json")
     return planned
 
@@ -188,19 +194,23 @@ def _freeze_pairs(work: _Work, new_data: NewData) -> PreferenceFiles:
     train = freezer.freeze("pairs", [each.pair for each in pairs if each.pair is not None])
     held = [each.pair for each in work.rows.held if each.pair is not None]
     valid = freezer.freeze("pairs-valid", held).id if held else None
-    work.record(ContentSide.TRAIN, train.id, [each for each in pairs if each.fate is Fate.TRAIN])
+    work.record(ContentSide.TRAIN, train.id, pairs)
     return PreferenceFiles(train=train.id, valid=valid, pairs=len(pairs), sources=new_data.train)
 
 
-def _replay(old: Iterable[bytes], held_out: Sequence[Fingerprint], rules: CollectionRules) -> list[bytes]:
-    """Old examples, without any that equals or resembles a held-out one."""
-    chosen = list(old)
-    found = fingerprints([read_row(row, line) for line, row in enumerate(chosen, 1)])
-    leaked = near_held_out(found, held_out, rules.split.near_duplicate)
-    return [row for row, out in zip(chosen, leaked, strict=True) if not out]
+def _replay(old: Iterable[bytes], held_out: Sequence[Fingerprint], work: _Work) -> list[bytes]:
+    """Old examples, without any that equals or resembles a held-out one, or whose value is held out."""
+    examples = [(row, read_row(row, line)) for line, row in enumerate(old, 1)]
+    if (division := work.rows.division) is not None:
+        examples = [(row, each) for row, each in examples if not division.holds_out(each.metadata)]
+    found = fingerprints([each for _, each in examples])
+    leaked = near_held_out(found, held_out, work.rules.split.near_duplicate)
+    return [row for (row, _), out in zip(examples, leaked, strict=True) if not out]
 
 
-def _too_few(decided: Sequence[DecidedRow], replay: Sequence[bytes], minimum: int, *, evaluated: bool) -> str | None:
+def _too_few(
+    decided: Sequence[DecidedRow], replay: Sequence[bytes], rules: CollectionRules, *, evaluated: bool
+) -> str | None:
     """Why there is too little new data; None if there is enough.
 
     Args:
@@ -208,12 +218,26 @@ def _too_few(decided: Sequence[DecidedRow], replay: Sequence[bytes], minimum: in
     """
     new = [each for each in decided if each.fate in (Fate.TRAIN, Fate.HELD_OUT) and each.pair is None]
     validation = sum(each.validation for each in new)
-    examples = len(new) - validation
+    examples, minimum = len(new) - validation, rules.minimum
     if examples < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum):
         return outlook(examples, validation, replay=len(replay), minimum=minimum)
-    if not evaluated and all(each.fate is Fate.TRAIN for each in new):
+    trained = sum(each.fate is Fate.TRAIN for each in new)
+    if trained + len(replay) < minimum:
+        few = f"{counted(examples, 'new example')}, {trained} of them to train on; at least {minimum - len(replay)} are"
+        return f"{few} needed. {_kept_out(rules)}"
+    if trained < len(new):
+        return None
+    if rules.split.by is not None:
+        return f"{counted(examples, 'new example')}, and none to hold out. {_kept_out(rules)}"
+    if not evaluated:
         return f"{counted(examples, 'new example')}, all alike, so that none can be held out: add different ones."
     return None
+
+
+def _kept_out(rules: CollectionRules) -> str:
+    """What to do if the values of a field leave too few examples on one side."""
+    by = rules.split.by
+    return f"Add examples, with other values of {by}." if by is not None else "Add different ones."
 
 
 def _starts(train: TrainDefinition, past: Past) -> tuple[str, ...]:

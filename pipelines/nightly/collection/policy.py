@@ -7,6 +7,8 @@ The rules, over all runs, files and sources of an adapter:
   compared on it with a challenger that has not.
 - Near-duplicates that arrive together are on one side. The connected components of the relation are kept whole, since
   A may resemble B and B resemble C without A resembling C.
+- With `split.by`, the value of a field decides the side of an example (`division.py`). Of near-duplicates on two such
+  sides, those to train on are left out if the other is held out now, and those to hold out if the other was trained on.
 - The components to hold out are chosen by their smallest digest, so that neither the order of examples nor files
   matters. A decision is recorded, so that it holds in all later runs.
 """
@@ -22,6 +24,9 @@ from loramill.pipelines.nightly.collection.relation import Known, Relation
 from loramill.pipelines.nightly.definition import SplitDefinition
 from loramill.types import ContentSide
 
+#: The side of each example whose value of a field decides it; None: its content does.
+Sides = Sequence[ContentSide | None]
+
 
 class Fate(StrEnum):
     """What becomes of a new example."""
@@ -34,13 +39,45 @@ class Fate(StrEnum):
 
 
 def assign(
-    train: Sequence[Fingerprint], valid: Sequence[Fingerprint], known: Known, rules: SplitDefinition
+    train: Sequence[Fingerprint],
+    valid: Sequence[Fingerprint],
+    known: Known,
+    rules: SplitDefinition,
+    sides: tuple[Sides, Sides] | None = None,
 ) -> tuple[list[Fate], list[Fate]]:
     """Decides the fates of the examples of training files and of validation files, in their order.
 
     Without a validation example to hold out, a part of the training examples is held out, unless all of them resemble
     each other or what was trained on.
+
+    Args:
+        train: the examples of training files.
+        valid: those of validation files.
+        known: the adapter's past.
+        rules: of the split.
+        sides: the sides of both that values decide; None: content decides for all.
     """
+    train_sides, valid_sides = sides or ([None] * len(train), [None] * len(valid))
+    # An example of a training file whose value is held out has the fate of a validation example.
+    apart = [side is ContentSide.HELD_OUT for side in train_sides]
+    held = [each for each, out in zip(train, apart, strict=True) if out]
+    rest = [each for each, out in zip(train, apart, strict=True) if not out]
+    decided = [*valid_sides, *(side for side in train_sides if side is ContentSide.HELD_OUT)]
+    decided += [side for side in train_sides if side is not ContentSide.HELD_OUT]
+    rest_fates, held_fates = _assign(rest, [*valid, *held], len(valid), known, rules, decided)
+    of_rest, of_held = iter(rest_fates), iter(held_fates[len(valid) :])
+    return [next(of_held if out else of_rest) for out in apart], held_fates[: len(valid)]
+
+
+def _assign(
+    train: Sequence[Fingerprint],
+    valid: Sequence[Fingerprint],
+    files: int,
+    known: Known,
+    rules: SplitDefinition,
+    sides: Sides,
+) -> tuple[list[Fate], list[Fate]]:
+    """As `assign`; the first `files` examples of `valid` are of validation files, and `sides` are of both in order."""
     table = {
         each.digest: (side, used) for each, side, used in zip(known.examples, known.sides, known.used, strict=True)
     }
@@ -57,21 +94,23 @@ def assign(
         # Examples of a run whose data was released keep their side.
         side, _ = table.get(examples[index].digest, (None, False))
         if index < len(valid):
-            fates[index] = Fate.TRAINED if relation.near_known(index, ContentSide.TRAIN) else Fate.HELD_OUT
+            trained = sides[index] is ContentSide.TRAIN or relation.near_known(index, ContentSide.TRAIN)
+            fates[index] = Fate.TRAINED if trained else Fate.HELD_OUT
         elif side is ContentSide.HELD_OUT:
-            fates[index] = Fate.HELD_OUT
+            fates[index] = Fate.HELD_OUT if sides[index] is None else Fate.LEAKED
         else:
             to_train.append(index)
     held = [index for index in undecided if fates[index] is Fate.HELD_OUT]
     relation.hold_out(held)
     for index in to_train:
         fates[index] = Fate.LEAKED if relation.near_held_out(index) else Fate.TRAIN
-    if not any(index < len(valid) for index in held):
+    if not any(index < files for index in held):
         rest = [index for index in to_train if fates[index] is Fate.TRAIN]
-        for index in _new_held_out(examples, rest, len(held), set(table), relation, rules.held_out):
+        already = sum(sides[index] is None for index in held)
+        for index in _new_held_out(examples, rest, already, table.keys(), relation, rules.held_out, sides):
             fates[index] = Fate.HELD_OUT
-    decided = [fate for fate in fates if fate is not None]
-    return decided[len(valid) :], decided[: len(valid)]
+    found = [fate for fate in fates if fate is not None]
+    return found[len(valid) :], found[: len(valid)]
 
 
 def _new_held_out(
@@ -81,24 +120,30 @@ def _new_held_out(
     decided: Collection[str],
     relation: Relation,
     share: float,
+    sides: Sides,
 ) -> set[int]:
     """Which of the examples that could be trained on are held out instead.
 
     Args:
         examples: all new examples.
         rest: the numbers of those that could be trained on.
-        already: number of other new examples that are held out.
+        already: number of other new examples that are held out by their content.
         decided: digests of examples whose side was decided before.
         relation: how the examples resemble each other and the past.
-        share: the share to hold out.
+        share: the share to hold out, of those whose content decides.
+        sides: the sides of the examples that values decide.
     """
 
     def eligible(component: Sequence[int]) -> bool:
         return not any(
-            examples[index].digest in decided or relation.near_known(index, ContentSide.TRAIN) for index in component
+            sides[index] is not None
+            or examples[index].digest in decided
+            or relation.near_known(index, ContentSide.TRAIN)
+            for index in component
         )
 
-    target = held_out_count(len(rest) + already, share) - already
+    free = sum(sides[index] is None for index in rest)
+    target = held_out_count(free + already, share) - already if free else 0
     components = [component for component in relation.components(rest) if eligible(component)]
     return choose_held_out(components, {index: examples[index].digest for index in rest}, target)
 

@@ -30,10 +30,12 @@ class PreferenceFiles(FrozenModel):
 def better_row(row: bytes) -> bytes | None:
     """The prompt of a preference pair with the better answer as an example; None if its form is another one."""
     line = jsonl.parse(row)
+    metadata = {"metadata": line["metadata"]} if line.get("metadata") else {}
     if isinstance(line.get("prompt"), str) and isinstance(line.get("chosen"), str):
-        return _row({"prompt": line["prompt"], "completion": line["chosen"]})
+        return _row({"prompt": line["prompt"], "completion": line["chosen"], **metadata})
     if isinstance(line.get("input"), dict):
-        return _row({**line["input"], "messages": [*line["input"]["messages"], *line["preferred_output"]]})
+        messages = [*line["input"]["messages"], *line["preferred_output"]]
+        return _row({**line["input"], "messages": messages, **metadata})
     return None
 
 

@@ -12,6 +12,7 @@ from loramill.pipelines.nightly.definition.training import (
     FeedbackDefinition,
     ReplayDefinition,
     ScheduleDefinition,
+    SplitDefinition,
     TrainDefinition,
 )
 from loramill.plural import counted, listed
@@ -35,7 +36,7 @@ def describe(definition: NightlyDefinition, adapters: list[str] | None, next_tim
         *(("source", f"{each.url}, for {listed(each.adapters)}") for each in definition.sources),
         (
             "new data",
-            f"{split.held_out:.0%} is held out; up to {split.max_bad_rows:.0%} bad rows are left out",
+            f"{split.held_out:.0%} is held out{_divided(split)}; up to {split.max_bad_rows:.0%} bad rows are left out",
         ),
         ("feedback", _feedback(definition.feedback)),
         ("training", _training(definition.train)),
@@ -48,6 +49,10 @@ def describe(definition: NightlyDefinition, adapters: list[str] | None, next_tim
         ("webhook", f"after runs: {definition.notify.on}" if definition.notify.webhook else "none"),
     ]
     return found + [("override", _override(each)) for each in definition.overrides]
+
+
+def _divided(split: SplitDefinition) -> str:
+    return "" if split.by is None else f", all rows of one {split.by} in the metadata together"
 
 
 def _evaluation(evaluate: EvaluateDefinition, gate: GateDefinition) -> list[tuple[str, str]]:

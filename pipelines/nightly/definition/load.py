@@ -10,7 +10,6 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from loramill.errors import DefinitionInvalid
-from loramill.pipelines.nightly.definition.available import unavailable_keys
 from loramill.pipelines.nightly.definition.schema import DefinitionFault, NightlyDefinition
 from loramill.pipelines.nightly.definition.training import ScheduleDefinition
 from loramill.pipelines.nightly.definition.yaml_text import YamlFault, YamlText, read_yaml
@@ -53,8 +52,7 @@ def read_definition(path: Path) -> NightlyDefinition:
     """Reads a file.
 
     Raises:
-        DefinitionInvalid: it does not exist, can't be read, has faults, or sets keys that runs do not use yet;
-            `problems` has one line for each.
+        DefinitionInvalid: it does not exist, can't be read, or has faults; `problems` has one line for each.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -62,13 +60,7 @@ def read_definition(path: Path) -> NightlyDefinition:
         raise DefinitionInvalid(f"{path} does not exist; create it, or correct the setting nightly.file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DefinitionInvalid(f"{path} can't be read: {error}.") from error
-    definition = parse_definition(text, path)
-    if unused := [read_yaml(text).locate(key) for key in unavailable_keys(definition)]:
-        faults = [
-            f"{path.name}:{line}: {'.'.join(names)} is not available yet; leave it out." for line, names in unused
-        ]
-        raise _invalid(path, faults)
-    return definition
+    return parse_definition(text, path)
 
 
 def parse_definition(text: str, path: Path) -> NightlyDefinition:

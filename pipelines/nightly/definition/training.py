@@ -163,8 +163,10 @@ class SplitDefinition(FrozenModel):
     )
     by: str | None = Field(
         default=None,
-        description="Field of the rows whose value decides the part, such as user: rows of one value are all held out "
-        "or all trained on. Unset: the content of each row decides.",
+        min_length=1,
+        description="Field of the rows' `metadata` whose value decides the side, such as user: rows of one value are "
+        "all held out or all trained on, in all runs, and `held_out` is the share of the values. The content of rows "
+        "without it decides, and of all rows if it is unset.",
     )
 
 

@@ -18,7 +18,14 @@ from loramill.pipelines.nightly.answers import answer_once
 from loramill.pipelines.nightly.collection.fingerprint import fingerprints
 from loramill.pipelines.nightly.collection.freeze import freeze_rows
 from loramill.pipelines.nightly.collection.next_job import with_training_file
-from loramill.pipelines.nightly.collection.past import find_past, known_content, old_rows, originals, read_rows
+from loramill.pipelines.nightly.collection.past import (
+    find_past,
+    known_content,
+    known_division,
+    old_rows,
+    originals,
+    read_rows,
+)
 from loramill.pipelines.nightly.collection.policy import near_held_out
 from loramill.pipelines.nightly.collection.relation import Known
 from loramill.pipelines.nightly.context import NightlyContext
@@ -98,7 +105,13 @@ def _choose(context: NightlyContext, adapter: str, plan: Mapping[str, Any], toke
         trained = read_rows(session, artifacts, plan["spec"]["train"])
         count = on_policy_count(len(trained), definition.replay.on_policy)
         old, known = old_rows(session, artifacts, past), known_content(session, name)
-        rows = choose_prompts(old, set(trained), count, seed=plan["champion"], usable=originals(known))
+        division = known_division(session, artifacts, past, known, old, definition.split)
+        original = originals(known)
+
+        def usable(row: bytes) -> bool:
+            return original(row) and not (division is not None and division.holds_out(read_row(row, 1).metadata))
+
+        rows = choose_prompts(old, set(trained), count, seed=plan["champion"], usable=usable)
         rows = _not_held_out(known, rows, definition.split.near_duplicate)
     examples = [read_row(row, line) for line, row in enumerate(rows, 1)]
     return _Prompts(plan, count, tuple(rows), tuple(build_questions(name.at(plan["champion"]), examples, tokenizer)))

@@ -8,7 +8,7 @@ consent is not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
@@ -86,7 +86,9 @@ def add_feedback(context: NightlyContext) -> None:
 
 
 def _collect(context: NightlyContext, adapter: str) -> None:
-    collected = collect_adapter(context.registry, adapter, context.definition.for_adapter(adapter).feedback)
+    definition = context.definition.for_adapter(adapter)
+    fields = [each for each in (definition.split.by, definition.evaluate.slices_by) if each is not None]
+    collected = collect_adapter(context.registry, adapter, definition.feedback, fields)
     log.info(
         "feedback on %s: %d examples and %d preference pairs, and %d pairs wait; %d pieces can't be used, and %d wait",
         adapter,
@@ -98,18 +100,24 @@ def _collect(context: NightlyContext, adapter: str) -> None:
     )
 
 
-def collect_adapter(registry: Registry, adapter: str, rules: FeedbackDefinition = EVERYTHING) -> CollectedFeedback:
+def collect_adapter(
+    registry: Registry, adapter: str, rules: FeedbackDefinition = EVERYTHING, fields: Collection[str] = ()
+) -> CollectedFeedback:
     """Makes datasets of an adapter's unused feedback, which become its new data.
 
-    Pairs are used once there are `rules.min_pairs`.
+    Args:
+        registry: the registry.
+        adapter: its name.
+        rules: what is used; pairs are once there are `min_pairs`.
+        fields: what the rows' metadata has, of the completions' metadata and `user`.
     """
     name = AdapterName.parse(adapter)
     with registry.writing() as session:
         unused = use.lock_unused(session, name)
         form = _form(session, registry.artifacts, name, unused)
         fitting = [each for each in unused if form_of(each) == form]
-        examples, bad_examples = examples_of(fitting) if rules.corrections else ([], [])
-        pairs, bad_pairs = pairs_of(fitting) if rules.ratings else ([], [])
+        examples, bad_examples = examples_of(fitting, fields) if rules.corrections else ([], [])
+        pairs, bad_pairs = pairs_of(fitting, fields) if rules.ratings else ([], [])
         pairs, waiting_pairs = (pairs, []) if len(pairs) >= rules.min_pairs else ([], pairs)
         examples_file = _freeze(session, registry.artifacts, name, "corrections", examples)
         if examples_file is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,21 +38,34 @@ def form_of(feedback: UnusedFeedback) -> Form:
     return "messages" if feedback.completion.kind is CompletionKind.CHAT else "prompt"
 
 
-def examples_of(feedback: Sequence[UnusedFeedback]) -> tuple[list[PreparedRow], list[UnusableFeedback]]:
-    """Returns a row for each correction that was not used: the conversation with the corrected answer."""
+def examples_of(
+    feedback: Sequence[UnusedFeedback], fields: Collection[str] = ()
+) -> tuple[list[PreparedRow], list[UnusableFeedback]]:
+    """Returns a row for each correction that was not used: the conversation with the corrected answer.
+
+    Args:
+        feedback: the feedback.
+        fields: what the rows' metadata has, of the completion's metadata and its `user`.
+    """
     rows: list[PreparedRow] = []
     unusable: list[UnusableFeedback] = []
     for each in feedback:
         if each.for_example and each.correction is not None:
-            _add(rows, unusable, _example(each, each.correction), (each.id,))
+            _add(rows, unusable, _example(each, each.correction, fields), (each.id,))
     return rows, unusable
 
 
-def pairs_of(feedback: Sequence[UnusedFeedback]) -> tuple[list[PreparedRow], list[UnusableFeedback]]:
+def pairs_of(
+    feedback: Sequence[UnusedFeedback], fields: Collection[str] = ()
+) -> tuple[list[PreparedRow], list[UnusableFeedback]]:
     """Returns preference pairs, each of feedback that is in no other pair.
 
     A correction is better than the answer that it corrects. Of the other answers to one prompt, each good one is
     better than a bad one, in the order in which they were rated; what has no partner yet waits for one.
+
+    Args:
+        feedback: the feedback.
+        fields: what the rows' metadata has, of the metadata and the `user` of the completion with the better answer.
     """
     rows: list[PreparedRow] = []
     unusable: list[UnusableFeedback] = []
@@ -62,12 +75,12 @@ def pairs_of(feedback: Sequence[UnusedFeedback]) -> tuple[list[PreparedRow], lis
         if not each.for_pair:
             continue
         if each.correction is not None:
-            _add(rows, unusable, _pair(each, _corrected(each, each.correction), _answer(each)), (each.id,))
+            _add(rows, unusable, _pair(each, _corrected(each, each.correction), _answer(each), fields), (each.id,))
         elif each.rating is not None:
             (good if each.rating is Rating.GOOD else bad)[_prompt_key(each)].append(each)
     for prompt, better in good.items():
         for chosen, rejected in zip(better, bad[prompt], strict=False):
-            _add(rows, unusable, _pair(chosen, _answer(chosen), _answer(rejected)), (chosen.id, rejected.id))
+            _add(rows, unusable, _pair(chosen, _answer(chosen), _answer(rejected), fields), (chosen.id, rejected.id))
     return rows, unusable
 
 
@@ -87,22 +100,29 @@ def _add(
         rows.append(PreparedRow(row, ids))
 
 
-def _example(feedback: UnusedFeedback, correction: str) -> dict[str, Any] | None:
-    prompt = _prompt(feedback)
+def _example(feedback: UnusedFeedback, correction: str, fields: Collection[str]) -> dict[str, Any] | None:
+    prompt, metadata = _prompt(feedback), _metadata(feedback, fields)
     if prompt is None:
         return None
     if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": correction}
-    return {**prompt, "messages": [*prompt["messages"], _corrected(feedback, correction)]}
+        return {"prompt": prompt, "completion": correction, **metadata}
+    return {**prompt, "messages": [*prompt["messages"], _corrected(feedback, correction)], **metadata}
 
 
-def _pair(feedback: UnusedFeedback, better: Any, worse: Any) -> dict[str, Any] | None:
-    prompt = _prompt(feedback)
+def _pair(feedback: UnusedFeedback, better: Any, worse: Any, fields: Collection[str]) -> dict[str, Any] | None:
+    prompt, metadata = _prompt(feedback), _metadata(feedback, fields)
     if prompt is None:
         return None
     if isinstance(prompt, str):
-        return {"prompt": prompt, "chosen": better, "rejected": worse}
-    return {"input": prompt, "preferred_output": [better], "non_preferred_output": [worse]}
+        return {"prompt": prompt, "chosen": better, "rejected": worse, **metadata}
+    return {"input": prompt, "preferred_output": [better], "non_preferred_output": [worse], **metadata}
+
+
+def _metadata(feedback: UnusedFeedback, fields: Collection[str]) -> dict[str, Any]:
+    """The field of a row for its metadata, if it has some."""
+    user = {} if feedback.completion.user is None else {"user": feedback.completion.user}
+    found = {name: value for name, value in (user | feedback.completion.metadata).items() if name in fields}
+    return {"metadata": found} if found else {}
 
 
 def _prompt(feedback: UnusedFeedback) -> str | dict[str, Any] | None:

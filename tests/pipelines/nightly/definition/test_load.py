@@ -58,20 +58,15 @@ def test_a_file_that_the_setting_names_must_exist(tmp_path: Path) -> None:
     assert load_definition(settings).adapters == ("acme/*",)
 
 
-def test_keys_that_runs_do_not_use_yet_are_refused(tmp_path: Path) -> None:
+def test_keys_of_a_file_are_read(tmp_path: Path) -> None:
     file = tmp_path / "nightly.yaml"
     file.write_text(
-        "gate: {confidence: 0.9, approval: manual}\nsplit: {by: session}\n"
-        "overrides: [{adapters: acme/*, split: {by: session}, gate: {max_loss: 0.2}}]\n"
+        "gate: {confidence: 0.9, approval: manual}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n"
+        "overrides: [{adapters: acme/*, split: {by: session}}]\n"
     )
-    with pytest.raises(DefinitionInvalid) as refused:
-        read_definition(file)
-    assert list(refused.value.problems) == [
-        "nightly.yaml:2: split.by is not available yet; leave it out.",
-        "nightly.yaml:3: overrides.1.split.by is not available yet; leave it out.",
-    ]
-    file.write_text("gate: {confidence: 0.9}\nreplay: {plain_examples: 8}\nnotify: {on: always}\nwatch:\n")
-    assert read_definition(file).gate.confidence == 0.9
+    found = read_definition(file)
+    assert (found.gate.confidence, found.gate.approval, found.split.by) == (0.9, "manual", None)
+    assert found.for_adapter("acme/a").split.by == "session"
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:

@@ -81,6 +81,17 @@ def _call() -> dict[str, Any]:
     return {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+def test_rows_have_the_fields_that_they_are_divided_by() -> None:
+    requested = chat("1").model_copy(update={"user": "ann", "metadata": {"page": "cards", "trace": "17"}})
+    rows, _ = examples_of([unused(requested, correction="Right.")], ("user", "page", "team"))
+    assert lines(rows)[0]["metadata"] == {"user": "ann", "page": "cards"}
+    pairs, _ = pairs_of([unused(requested, correction="Right.")], ("user",))
+    assert lines(pairs)[0]["metadata"] == {"user": "ann"}
+    named = requested.model_copy(update={"metadata": {"user": "ann-17"}})
+    assert lines(examples_of([unused(named, correction="Right.")], ("user",))[0])[0]["metadata"] == {"user": "ann-17"}
+    assert "metadata" not in lines(examples_of([unused(requested, correction="Right.")])[0])[0]
+
+
 def test_what_is_no_valid_example_has_its_reason() -> None:
     rows, unusable = examples_of(
         [unused(text("1", [5, 6], "x"), correction="y"), unused(chat("2", question=" "), correction="y")]
