@@ -7,9 +7,7 @@ measurement is of training, not of the gate. A further adapter is trained on the
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +17,15 @@ from loramill.data.examples import Example, read_examples
 from loramill.data.jsonl import iter_rows
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import InvalidRequest, LoramillError
-from loramill.jobs.worker.session import run_jobs
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition
-from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, build_questions
+from loramill.pipelines.nightly.questions import EvalQuestion, build_questions
 from loramill.pipelines.nightly.run import run_nightly
 from loramill.pipelines.nightly.scoring import normalized
-from loramill.registry import Registry, adapters, datasets, migrate, nightly, tenants
-from loramill.serve.offline import OfflineEngine
-from loramill.serve.protocol import TextRequest
-from loramill.serve.sampling_params import SamplingParams
-from loramill.settings import ServeSettings, Settings
+from loramill.registry import Registry, adapters
+from loramill_bench.nightly.local_pool import TENANT, LocalPool, add_data, scratch_registry
 from loramill_bench.results import Result
-from loramill_bench.training.worker import bench_worker
 
 #: Tenants whose answers are labels.
 TENANTS = (
@@ -53,9 +46,6 @@ REPLAY: Mapping[str, Mapping[str, object]] = {
     "on-policy": {},
 }
 ALONE = "alone"
-#: Seconds without a job after which the pool has trained all of them.
-_IDLE_SECONDS = 1.0
-_TENANT = "bench"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,45 +54,6 @@ class Slice:
 
     train: tuple[bytes, ...]
     test: tuple[Example, ...]
-
-
-class LocalPool:
-    """Trains queued jobs and answers questions in this process; see `EvalGateway`."""
-
-    def __init__(self, base: Base, registry: Registry, settings: Settings) -> None:
-        self._base, self._registry = base, registry
-        self._worker = bench_worker(base, registry, settings)
-
-    def check(self) -> None:
-        """Trains all queued jobs together."""
-        run_jobs(self._worker, should_stop=lambda idle: idle > _IDLE_SECONDS)
-
-    def answer_all(
-        self,
-        questions: Sequence[EvalQuestion],
-        report: Callable[[int], None],
-        keep: Callable[[int, EvalAnswer], None] = lambda index, answer: None,
-    ) -> list[EvalAnswer | LoramillError]:
-        """Answers in shared batches; none is kept, since no run is resumed."""
-        serve = ServeSettings(threads=1, device="cpu")
-        with OfflineEngine(self._base, self._registry.artifacts.fetch, serve) as engine:
-            answers = engine.generate(map(self._request, questions), ordered=True)
-            return [each.error or EvalAnswer(each.text, each.finish == "length") for each in answers]
-
-    def _request(self, question: EvalQuestion) -> TextRequest:
-        name, _, version = question.model.partition("@")
-        if version:
-            with self._registry.reading() as session:
-                version = adapters.resolve(session, name, version).id
-        return TextRequest(
-            id="",
-            tenant=_TENANT,
-            version=version or None,
-            messages=question.messages,
-            tools=question.tools,
-            prompt=question.prompt,
-            sampling_params=SamplingParams(max_tokens=question.max_tokens),
-        )
 
 
 def results(
@@ -129,14 +80,14 @@ def results(
     """
     torch.set_num_threads(1)
     slices = {name: read_slices(folder / name, RUNS, examples) for name in names}
-    with _registry() as (registry, settings):
+    with scratch_registry() as (registry, settings):
         pool = LocalPool(base, registry, settings)
         for number in range(RUNS):
             report(f"forgetting, run {number + 1} of {RUNS}")
             kinds = (*REPLAY, ALONE) if number == RUNS - 1 else tuple(REPLAY)
             for name, parts in slices.items():
                 for kind in kinds:
-                    _add(registry, kind, name, parts[number].train)
+                    add_data(registry, _name(kind, name), parts[number].train)
             run_nightly(registry, settings, gateway=pool, definition=definition())
             if number == 0:
                 before = {kind: _exact_match(base, registry, pool, kind, slices, 0) for kind in REPLAY}
@@ -151,7 +102,7 @@ def definition() -> NightlyDefinition:
         {
             "gate": {"metric": "exact_match", "confidence": 0.5, "max_loss": 1.0},
             "overrides": [
-                {"adapters": [f"{_TENANT}/{kind}-*"], "replay": dict(values)} for kind, values in REPLAY.items()
+                {"adapters": [f"{TENANT}/{kind}-*"], "replay": dict(values)} for kind, values in REPLAY.items()
             ],
         }
     )
@@ -194,27 +145,8 @@ def _rows(
     yield Result(f"{name}: exact match of the newest slice by a model of it alone", newest[ALONE], "")
 
 
-@contextmanager
-def _registry() -> Iterator[tuple[Registry, Settings]]:
-    with tempfile.TemporaryDirectory(prefix="loramill-bench-") as home:
-        settings = Settings.load(home=Path(home))
-        migrate(settings.database)
-        with closing(Registry.open(settings.database, settings.artifacts)) as registry:
-            with registry.writing() as session:
-                tenants.create(session, _TENANT)
-            yield registry, settings
-
-
 def _name(kind: str, tenant: str) -> AdapterName:
-    return AdapterName(_TENANT, f"{kind}-{tenant}")
-
-
-def _add(registry: Registry, kind: str, tenant: str, rows: Sequence[bytes]) -> None:
-    raw = b"\n".join(rows) + b"\n"
-    artifact = registry.artifacts.put({"data.jsonl": raw})
-    with registry.writing() as session:
-        file = datasets.create(session, _TENANT, "new.jsonl", artifact, len(raw), len(rows))
-        nightly.add_data(session, _name(kind, tenant), file.id, None)
+    return AdapterName(TENANT, f"{kind}-{tenant}")
 
 
 def _exact_match(

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from loramill.models.catalog import Base
-from loramill_bench.nightly import evaluation, forgetting, gate, overhead
+from loramill_bench.nightly import evaluation, forgetting, gate, overhead, poisoned
 from loramill_bench.results import Result, run_groups
 
 #: Packages that the evaluation is compared with.
@@ -29,7 +29,7 @@ def run(
         base: The base that answers and is trained.
         only: Runs only groups whose name contains this.
         report: Called with the name of each group, and of its parts, before they run.
-        tenants: A folder with a folder per tenant; None: forgetting is not measured.
+        tenants: A folder with a folder per tenant; None: neither forgetting nor poisoned data is measured.
         names: The tenants whose forgetting is measured.
         examples: Training examples per tenant and run in which forgetting is measured; None: all.
 
@@ -44,4 +44,5 @@ def run(
     groups |= {f"gate {metric}": partial(gate.results, metric) for metric in ("exact_match", "token_f1")}
     if tenants is not None:
         groups["forgetting"] = partial(forgetting.results, base, tenants, report, names=names, examples=examples)
+        groups["poisoned"] = partial(poisoned.results, base, tenants, report)
     return run_groups(groups, only, report)
