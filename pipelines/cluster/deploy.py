@@ -21,7 +21,7 @@ from loramill.errors import LoramillError, SetupError
 from loramill.gpus.machine import list_gpus
 from loramill.local.machine import object_store_folder
 from loramill.models.catalog import find_base
-from loramill.pipelines.nightly.rollout.advance import start_deciding
+from loramill.pipelines.nightly.rollouts.advance import start_deciding
 from loramill.pipelines.nightly.schedule.scheduler import start_scheduler
 from loramill.plural import counted
 from loramill.settings import Settings

@@ -11,7 +11,7 @@ import threading
 import ray
 
 from loramill import logs
-from loramill.pipelines.nightly.rollout.advance import start_deciding
+from loramill.pipelines.nightly.rollouts.advance import start_deciding
 from loramill.pipelines.nightly.schedule.scheduler import start_scheduler
 from loramill.settings import Settings
 

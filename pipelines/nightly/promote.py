@@ -14,7 +14,7 @@ from loramill.names import SHORT_HASH_LENGTH, AdapterName
 from loramill.pipelines.nightly.context import NightlyContext
 from loramill.pipelines.nightly.evaluation.progress import decide_recorded
 from loramill.pipelines.nightly.gate.candidates import GateDecision, GateVerdict
-from loramill.pipelines.nightly.rollout.introduce import introduction
+from loramill.pipelines.nightly.rollouts.introduce import introduction
 from loramill.registry import adapters, evaluations, nightly_approvals
 from loramill.registry.rollouts import moves
 from loramill.types import Alias, Approval

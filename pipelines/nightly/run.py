@@ -25,7 +25,7 @@ from loramill.pipelines.nightly.gateway import EvalGateway, HttpGateway
 from loramill.pipelines.nightly.older_steps import forget_older_steps
 from loramill.pipelines.nightly.promote import gate_all, promote_all
 from loramill.pipelines.nightly.replay.on_policy import replay_all
-from loramill.pipelines.nightly.rollout.advance import deciding
+from loramill.pipelines.nightly.rollouts.advance import deciding
 from loramill.pipelines.nightly.schedule.lease import leased_run
 from loramill.pipelines.nightly.sources.feedback import add_feedback
 from loramill.pipelines.nightly.sources.files import scan_sources

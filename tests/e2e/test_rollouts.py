@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition
-from loramill.pipelines.nightly.rollout.introduce import introduce
+from loramill.pipelines.nightly.rollouts.introduce import introduce
 from loramill.registry import Registry, adapters, nightly
 from loramill.registry.rollouts import records, traffic
 from loramill.serve.model import load_decoder

@@ -255,7 +255,7 @@ def _print_run(
         deleted: steps of adapters that were deleted during the run.
     """
     from loramill.pipelines.nightly.outcome import outcomes, summary
-    from loramill.pipelines.nightly.rollout.overview import rollouts_around
+    from loramill.pipelines.nightly.rollouts.overview import rollouts_around
     from loramill.registry.nightly import list_set_aside, list_steps
     from loramill.registry.nightly_approvals import list_waiting
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from loramill.pipelines.nightly.outcome import UNSUCCESSFUL, Verdict
 from loramill.pipelines.nightly.report.schema import AdapterReport, NightlyReport
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview
 from loramill.plural import counted
 from loramill.types import RolloutOutcome
 

@@ -17,7 +17,7 @@ from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
 from loramill.pipelines.nightly.report.recorded import results_by_stage
 from loramill.pipelines.nightly.report.summarize import RunRecords
-from loramill.pipelines.nightly.rollout.overview import rollouts_around
+from loramill.pipelines.nightly.rollouts.overview import rollouts_around
 from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.registry import ArtifactStore, Registry, evaluations, jobs, nightly
 from loramill.registry.jobs import history

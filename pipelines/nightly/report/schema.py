@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from loramill.pipelines.nightly.outcome import Verdict
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview
 from loramill.types import FrozenModel, JobStatus
 
 #: Changes when a field gets another meaning or is removed; a new field does not change it.

@@ -33,7 +33,7 @@ from loramill.pipelines.nightly.report.schema import (
     ReportLink,
     ReportTotals,
 )
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview
 from loramill.pipelines.nightly.training.recorded import planned_tokens
 from loramill.types import JobRecord, NightlyRun, NightlyStep, SetAsideData
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from loramill.errors import DefinitionInvalid
 from loramill.pipelines.nightly.definition import NO_FILE, ScheduleDefinition, load_definition
 from loramill.pipelines.nightly.outcome import outcomes, summary
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview, rollouts_around
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview, rollouts_around
 from loramill.pipelines.nightly.schedule.lease import LEASE_SECONDS, is_dead
 from loramill.pipelines.nightly.schedule.policy import decide_due, shown
 from loramill.pipelines.nightly.schedule.times import next_time

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from loramill.errors import Conflict, InvalidRequest, NotFound
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.rollout.advance import advance
+from loramill.pipelines.nightly.rollouts.advance import advance
 from loramill.registry import Registry, adapters, audit, deletion, renaming, tenants
 from loramill.registry.rollouts import moves, records, traffic
 from loramill.registry.rollouts.traffic import TrafficKey

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loramill.cli.adapters.rollouts import print_rollouts
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview, VersionSignals
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview, VersionSignals
 from loramill.types import RolloutKind
 
 

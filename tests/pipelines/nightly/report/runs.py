@@ -8,7 +8,7 @@ from typing import Any
 from loramill.pipelines.nightly.report.cost import JobInterval
 from loramill.pipelines.nightly.report.forgetting import RunScores
 from loramill.pipelines.nightly.report.summarize import RunRecords
-from loramill.pipelines.nightly.rollout.overview import RolloutOverview, VersionSignals
+from loramill.pipelines.nightly.rollouts.overview import RolloutOverview, VersionSignals
 from loramill.types import JobRecord, JobSpec, JobStatus, NightlyRun, NightlyStep, RolloutKind, SetAsideData, StepStatus
 
 RUN = NightlyRun(id="nightly-1", created_at=1_796_000_000.0, finished_at=1_796_004_000.0)

@@ -17,7 +17,7 @@ import pytest
 from openai import OpenAI
 
 from loramill.errors import EngineFault, InvalidRequest
-from loramill.pipelines.nightly.rollout.advance import advance_periodically
+from loramill.pipelines.nightly.rollouts.advance import advance_periodically
 from loramill.registry import adapters, usage
 from loramill.registry.rollouts import moves, records, traffic
 from loramill.serve.api.traffic import flush

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from loramill.pipelines.nightly.rollout.policy import decide
+from loramill.pipelines.nightly.rollouts.policy import decide
 from loramill.registry import nightly
 from loramill.registry.rollouts import records, traffic
 from loramill.types import FrozenModel, NightlyRun, RolloutKind, RolloutState, TrafficCounts

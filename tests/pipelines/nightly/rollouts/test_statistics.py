@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.nightly.rollout.statistics import binomial_greater, fisher_greater, slower
+from loramill.pipelines.nightly.rollouts.statistics import binomial_greater, fisher_greater, slower
 from loramill.types.rollouts import median_bucket
 
 small = st.integers(0, 30)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.nightly.rollout.policy import PATIENCE_SECONDS, RolloutVerdict, decide
+from loramill.pipelines.nightly.rollouts.policy import PATIENCE_SECONDS, RolloutVerdict, decide
 from loramill.types import RolloutKind, RolloutState, TrafficCounts, WatchPolicy
 from loramill.types.rollouts import latency_bucket
 

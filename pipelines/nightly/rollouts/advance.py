@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from sqlalchemy.orm import Session
 
 from loramill.names import SHORT_HASH_LENGTH
-from loramill.pipelines.nightly.rollout.policy import RolloutDecision, RolloutVerdict, decide
+from loramill.pipelines.nightly.rollouts.policy import RolloutDecision, RolloutVerdict, decide
 from loramill.registry import Registry, audit
 from loramill.registry.rollouts import moves, records, traffic
 from loramill.settings import Settings

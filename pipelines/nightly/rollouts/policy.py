@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from loramill.pipelines.nightly.rollout.statistics import binomial_greater, fisher_greater, slower
+from loramill.pipelines.nightly.rollouts.statistics import binomial_greater, fisher_greater, slower
 from loramill.plural import counted
 from loramill.types import RolloutKind, RolloutState, TrafficCounts
 from loramill.types.rollouts import LATENCY_BUCKETS_PER_DOUBLING, bucket_seconds, median_bucket

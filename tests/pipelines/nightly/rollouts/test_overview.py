@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from loramill.names import AdapterName
-from loramill.pipelines.nightly.rollout.advance import advance
-from loramill.pipelines.nightly.rollout.overview import UNDER_WAY, rollouts_around
+from loramill.pipelines.nightly.rollouts.advance import advance
+from loramill.pipelines.nightly.rollouts.overview import UNDER_WAY, rollouts_around
 from loramill.registry import Registry, adapters, nightly, tenants
 from loramill.registry.rollouts import moves, traffic
 from loramill.registry.rollouts.traffic import TrafficKey, period_of

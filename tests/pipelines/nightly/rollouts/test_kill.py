@@ -25,7 +25,7 @@ NAMES = [f"acme/a{number}" for number in range(40)]
 #: Not a fork of the tests' process: the other threads are missing there, which may hold a lock forever.
 ADVANCE = """
 import sys
-from loramill.pipelines.nightly.rollout.advance import advance
+from loramill.pipelines.nightly.rollouts.advance import advance
 from loramill.registry import Registry
 
 registry = Registry.open(sys.argv[1], sys.argv[2])
