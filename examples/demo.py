@@ -37,7 +37,7 @@ from loramill.models.catalog import Base, find_base
 from loramill.pipelines.nightly import run as nightly
 from loramill.pipelines.nightly.outcome import Outcome, Verdict, describe, outcomes
 from loramill.pipelines.nightly.questions import EvalAnswer, EvalQuestion, answer_all, build_questions
-from loramill.pipelines.nightly.scoring import score
+from loramill.pipelines.nightly.text_metrics import score
 from loramill.registry import Registry
 from loramill.registry import nightly as records
 from loramill.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 from loramill.pipelines.nightly.questions import EvalAnswer
 from loramill.pipelines.nightly.report.html import make_environment
 from loramill.pipelines.nightly.report.plot import plot_losses
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 
 ROLES = ("base", "champion", "challenger")
 

@@ -12,7 +12,7 @@ from loramill.data.examples import Example
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.pipelines.compare.methods.transformers import MakeCache, empty_cache, greedy
 from loramill.pipelines.compare.timing import Effort, interleaved
-from loramill.pipelines.nightly.scoring import Score, score
+from loramill.pipelines.nightly.text_metrics import Score, score
 from loramill.serve.offline import OfflineEngine
 from loramill.serve.protocol import TextRequest
 from loramill.serve.sampling_params import SamplingParams

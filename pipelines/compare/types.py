@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 from loramill.types import FrozenModel
 
 Tuning = Literal["full", "lora", "qlora", "dora", "adalora", "prefix", "bottleneck"]

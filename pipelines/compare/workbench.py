@@ -18,7 +18,7 @@ from loramill.pipelines.compare import memory
 from loramill.pipelines.compare.answers import Answerer, quality, token_seconds
 from loramill.pipelines.compare.data import TaskData
 from loramill.pipelines.compare.types import MemoryUse, Report, Serving, Task, TaskProgress, Training
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 from loramill.settings import ServeSettings
 from loramill.sizing.anatomy import anatomy, read_config
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from loramill.errors import InvalidRequest, JobError
 from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.types import ComparisonRow, Task
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 from loramill.settings import Settings
 from loramill_bench.cli import app
 from loramill_bench.quality import preferences

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from loramill.pipelines.nightly.questions import EvalAnswer
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -22,7 +22,7 @@ from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition
 from loramill.pipelines.nightly.questions import EvalQuestion, build_questions
 from loramill.pipelines.nightly.run import run_nightly
-from loramill.pipelines.nightly.scoring import normalized
+from loramill.pipelines.nightly.text_metrics import normalized
 from loramill.registry import Registry, adapters
 from loramill_bench.nightly.local_pool import TENANT, LocalPool, add_data, scratch_registry
 from loramill_bench.results import Result

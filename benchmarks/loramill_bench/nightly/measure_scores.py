@@ -32,7 +32,7 @@ from loramill.models.catalog import Base, find_base, load_for_training
 from loramill.models.smollm2 import NAME
 from loramill.pipelines.compare.answers import EngineAnswerer, answer_limits
 from loramill.pipelines.compare.measure import write_files
-from loramill.pipelines.nightly.scoring import normalized, token_f1
+from loramill.pipelines.nightly.text_metrics import normalized, token_f1
 from loramill.serve.offline import OfflineEngine
 from loramill.settings import ServeSettings, Settings
 from loramill.sizing.tenants import PASS_TOKENS

@@ -18,7 +18,7 @@ from loramill.pipelines.compare.answers import EngineAnswerer, quality
 from loramill.pipelines.compare.data import TaskData, read_task
 from loramill.pipelines.compare.measure import write_files
 from loramill.pipelines.compare.types import Task
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 from loramill.serve.offline import OfflineEngine
 from loramill.settings import ServeSettings
 from loramill.sizing.tenants import PASS_TOKENS

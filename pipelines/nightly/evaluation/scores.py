@@ -10,7 +10,7 @@ from loramill.pipelines.nightly.evaluation.plan import EvalPlan
 from loramill.pipelines.nightly.evaluation.results import GOLDEN_SLICE, HeldOutExample, golden_metric
 from loramill.pipelines.nightly.evaluation.scorer import score_with
 from loramill.pipelines.nightly.questions import EvalAnswer
-from loramill.pipelines.nightly.scoring import score_example
+from loramill.pipelines.nightly.text_metrics import score_example
 from loramill.types import Candidate, ExampleResult
 
 #: Answers by candidate and whether they are losses instead, in the order of the examples.

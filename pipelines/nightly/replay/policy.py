@@ -19,7 +19,7 @@ from loramill.data import jsonl
 from loramill.data.examples import read_row
 from loramill.data.new_data import shuffled
 from loramill.pipelines.nightly.questions import EvalAnswer
-from loramill.pipelines.nightly.scoring import token_f1
+from loramill.pipelines.nightly.text_metrics import token_f1
 
 #: Prompts that are answered for each example that is wanted, since some answers do not score.
 PROMPTS_PER_EXAMPLE = 2

@@ -23,7 +23,7 @@ from loramill.pipelines.compare.types import (
     TaskProgress,
     Training,
 )
-from loramill.pipelines.nightly.scoring import Score
+from loramill.pipelines.nightly.text_metrics import Score
 
 ENGINE = Serving(backend="engine", base=0.010, unmerged=0.011, merged=0.010)
 TRANSFORMERS = Serving(backend="transformers", base=0.040, unmerged=0.043)

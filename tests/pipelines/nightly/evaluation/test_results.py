@@ -16,7 +16,7 @@ from loramill.pipelines.nightly.evaluation.results import (
     slice_kind,
 )
 from loramill.pipelines.nightly.gate.candidates import GoldenScore, PairedScores
-from loramill.pipelines.nightly.scoring import score_example
+from loramill.pipelines.nightly.text_metrics import score_example
 from loramill.types import ExampleResult
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramill.pipelines.nightly.scoring import (
+from loramill.pipelines.nightly.text_metrics import (
     Score,
     common_subsequence,
     json_valid,
