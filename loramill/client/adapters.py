@@ -222,15 +222,18 @@ class AdaptersResource:
         valid_columns: Columns = None,
         on_upload: OnUpload | None = None,
     ) -> NewDataState:
-        """Adds new examples for the next nightly run to train on; returns the state of the adapter's new data.
+        """Adds new examples or preference pairs for the next nightly run to train on.
 
         Args:
             name: `tenant/adapter`.
-            train: Examples to train on.
+            train: Examples or preference pairs to train on.
             valid: Examples to evaluate with. Default: some of the new examples are held out.
             columns: As for `client.jobs.submit`.
             valid_columns: As for `client.jobs.submit`.
             on_upload: Called with each uploaded file.
+
+        Returns:
+            The state of the adapter's new data.
         """
         tenant = AdapterName.parse(name).tenant
         with Uploads(self._files, on_upload) as uploads:

@@ -52,6 +52,20 @@ def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str
     return f"The next nightly run trains on {data}, and evaluates the new version on {evaluation}."
 
 
+def pairs_outlook(pairs: int, *, has_champion: bool) -> str:
+    """What nightly runs do with preference pairs that were added, in two sentences.
+
+    Args:
+        pairs: their number.
+        has_champion: whether the adapter has a version that training can continue.
+    """
+    wait = "" if has_champion else " They wait until the adapter has examples or a champion."
+    return (
+        f"{counted(pairs, 'preference pair')}, on which a nightly run trains after new examples, once there are as "
+        f"many as feedback.min_pairs of nightly.yaml, by default 20.{wait}"
+    )
+
+
 def sample(rows: Iterable[bytes], count: int, seed: str = "") -> list[bytes]:
     """At most `count` rows, chosen by their content: the same rows and seed give the same sample."""
     return shuffled(rows, seed)[:count]

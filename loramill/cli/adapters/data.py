@@ -27,7 +27,7 @@ def add_data(
     columns: ColumnsOption = None,
     valid_columns: ValidColumnsOption = None,
 ) -> None:
-    """Upload new examples, in any format of `loramill submit`, for the next nightly run."""
+    """Upload new examples or preference pairs, in any format of `loramill submit`, for the next nightly run."""
     with Client() as client:
         waiting = client.adapters.add_data(
             name,

@@ -29,7 +29,13 @@ from loramill.pipelines.nightly.collection.past import (
 from loramill.pipelines.nightly.collection.policy import Fate, near_held_out
 from loramill.pipelines.nightly.collection.preferences import PreferenceFiles, preference_spec
 from loramill.pipelines.nightly.collection.relation import Known
-from loramill.pipelines.nightly.collection.rows import check_rows, check_share, of_one_format, with_enough_pairs
+from loramill.pipelines.nightly.collection.rows import (
+    check_rows,
+    check_share,
+    of_one_format,
+    too_few_pairs,
+    with_enough_pairs,
+)
 from loramill.pipelines.nightly.collection.sorting import DecidedRow, SortedRows, sort_rows
 from loramill.pipelines.nightly.definition import SplitDefinition, TrainDefinition
 from loramill.plural import counted
@@ -103,6 +109,8 @@ def plan_training(
     known = known_content(session, name)
     old = old_rows(session, artifacts, past)
     checked = of_one_format(check_rows(new_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
+    if (few := too_few_pairs(checked, rules.min_pairs)) is not None:
+        return InsufficientData(few)
     checked = with_enough_pairs(checked, rules.min_pairs)
     check_share(checked, rules.split.max_bad_rows)
     division = known_division(session, artifacts, past, known, old, rules.split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from loramill.data import jsonl
+from loramill.data.preferences import read_judged
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.submission.defaults import resolve_spec
@@ -28,15 +29,17 @@ class PreferenceFiles(FrozenModel):
 
 
 def better_row(row: bytes) -> bytes | None:
-    """The prompt of a preference pair with the better answer as an example; None if its form is another one."""
+    """The prompt of a preference pair with the better answer as an example; None if it is an answer with a label."""
     line = jsonl.parse(row)
-    metadata = {"metadata": line["metadata"]} if line.get("metadata") else {}
-    if isinstance(line.get("prompt"), str) and isinstance(line.get("chosen"), str):
-        return _row({"prompt": line["prompt"], "completion": line["chosen"], **metadata})
-    if isinstance(line.get("input"), dict):
-        messages = [*line["input"]["messages"], *line["preferred_output"]]
-        return _row({**line["input"], "messages": messages, **metadata})
-    return None
+    metadata = {"metadata": found} if (found := line.pop("metadata", None)) else {}
+    judged = read_judged(line)
+    if judged.label is not None:
+        return None
+    if judged.texts:
+        prompt, better = judged.texts[0]
+        return _row({"prompt": prompt, "completion": better, **metadata})
+    tools = {"tools": judged.tools} if judged.tools else {}
+    return _row({"messages": judged.conversations[0], **tools, **metadata})
 
 
 def preference_spec(

@@ -103,8 +103,8 @@ def check_rows(files: Iterable[NewFile]) -> CheckedRows:
                 valid.append(NewRow(file.name, line, better, read_row(better, line), file.validation, row))
             else:
                 reason = (
-                    "it is a preference in a form that nightly runs do not train on; write input, preferred_output and "
-                    "non_preferred_output, or prompt, chosen and rejected as texts."
+                    "it is an answer with a label, which nightly runs do not train on; write a better and a worse "
+                    "answer as prompt, chosen and rejected."
                 )
                 bad.append(_quarantine(file.name, line, row, reason))
     return CheckedRows(tuple(valid), tuple(bad))
@@ -132,6 +132,14 @@ def of_one_format(checked: CheckedRows, trained: RowFormat | None) -> CheckedRow
         _quarantine(row.file, row.line, row.raw, reason) for row in checked.valid if row.example.format != expected
     ]
     return CheckedRows(kept, (*checked.bad, *others))
+
+
+def too_few_pairs(checked: CheckedRows, minimum: int) -> str | None:
+    """Why preference pairs wait for others, where all rows are pairs; None if they do not."""
+    pairs = len(checked.valid)
+    if not pairs or pairs >= minimum or any(row.pair is None for row in checked.valid):
+        return None
+    return f"{counted(pairs, 'preference pair')}, and feedback.min_pairs is {minimum}: add others."
 
 
 def with_enough_pairs(checked: CheckedRows, minimum: int) -> CheckedRows:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from loramill.data.new_data import pairs_outlook
 from loramill.errors import InvalidRequest
 from loramill.names import AdapterName
 from loramill.registry import adapters, nightly
@@ -37,9 +38,12 @@ def list_data(tenant: TenantPath, adapter: AdapterPath, gateway: GatewayDep, cal
 def add_data(
     tenant: TenantPath, adapter: AdapterPath, body: NewDataRequest, gateway: GatewayDep, caller: CallerDep
 ) -> dict[str, Any]:
-    """Adds examples that the next nightly run trains the adapter on. If the adapter does not exist, it is created."""
+    """Adds examples, or preference pairs, that the next nightly run trains the adapter on.
+
+    If the adapter does not exist, it is created.
+    """
     name = authorized_name(caller, tenant, adapter)
-    _check_formats(gateway, name, body)
+    pairs = _check_formats(gateway, name, body)
     with gateway.registry.writing() as session:
         find_file(session, body.training_file, tenant, "training_file")
         if body.validation_file is not None:
@@ -49,15 +53,24 @@ def add_data(
             session, caller, "adapter.data", str(name), tenant, train=body.training_file, valid=body.validation_file
         )
         waiting = nightly.new_data_state(session, name, gateway.settings.jobs.min_examples)
-        return adapter_object(adapters.get(session, name)) | {"new_data": waiting.model_dump(mode="json")}
+        record = adapters.get(session, name)
+        if pairs:
+            has_champion = record.champion is not None
+            enough = waiting.enough and (has_champion or waiting.examples > pairs)
+            outlook = pairs_outlook(pairs, has_champion=has_champion)
+            waiting = waiting.model_copy(update={"enough": enough, "outlook": outlook})
+        return adapter_object(record) | {"new_data": waiting.model_dump(mode="json")}
 
 
-def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) -> None:
+def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) -> int:
     """Rejects new data of another format than the adapter's other data, since a job takes one format.
 
+    Returns:
+        The number of preference pairs to train on.
+
     Raises:
-        InvalidRequest: a file does not exist or has preferences, or one has messages and another has prompts and
-            completions.
+        InvalidRequest: a file does not exist or has answers with labels, or one has messages and another has prompts
+            and completions.
     """
     with gateway.registry.reading() as session:
         train = find_file(session, body.training_file, name.tenant, "training_file")
@@ -65,10 +78,10 @@ def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) ->
         valid = [find_file(session, each, name.tenant, "validation_file") for each in ids]
         trained = nightly.next_training_files(session, name)
     for param, file in (("training_file", train), *(("validation_file", each) for each in valid)):
-        if gateway.dataset_checks.kind(file) != "supervised":
+        if gateway.dataset_checks.kind(file) == "labeled":
             raise InvalidRequest(
-                f"{file.filename} holds preferences, which nightly runs take from feedback: submit a job with it, as "
-                f"in `loramill submit {name} --train {file.filename} --objective dpo`.",
+                f"{file.filename} holds answers with labels, on which nightly runs do not train: submit a job with it, "
+                f"as in `loramill submit {name} --train {file.filename} --objective kto`.",
                 param=param,
             )
     # Preferences that the champion was trained on are not trained again.
@@ -78,6 +91,7 @@ def _check_formats(gateway: Gateway, name: AdapterName, body: NewDataRequest) ->
         for other in others:
             if gateway.dataset_checks.is_chat(other) != chat:
                 raise InvalidRequest(_format_mismatch(file, other, name, chat=chat), param=param)
+    return train.examples if gateway.dataset_checks.kind(train) == "preference" else 0
 
 
 def _format_mismatch(file: DatasetRecord, other: DatasetRecord, name: AdapterName, *, chat: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from loramill.errors import TrainingDiverged
 from loramill.pipelines.nightly.collection.past import read_rows
 from loramill.pipelines.nightly.outcome import Verdict
@@ -149,3 +151,39 @@ def test_the_challenger_is_the_version_after_the_preferences(cluster: Cluster) -
         history = adapters.alias_history(session, "acme/a")
     versions = {job.version for job in trained_jobs(cluster) if job.spec.objective == "dpo"}
     assert next(each.version for each in history if each.alias == "challenger" and each.version) in versions
+
+
+def test_few_pairs_alone_wait_for_others(cluster: Cluster) -> None:
+    promoted(cluster)
+    cluster.feed("acme/a", pairs(12))
+    waiting = only(cluster.run())
+    assert (waiting.verdict, waiting.reason) == (
+        Verdict.WAITING,
+        "12 preference pairs, and feedback.min_pairs is 20: add others.",
+    )
+    cluster.feed("acme/a", pairs(12, "more"))
+    assert only(cluster.run()).counts.pairs == 22
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_pairs_as_lists_of_messages_are_trained_on(cluster: Cluster, prompted: bool) -> None:
+    promoted(cluster)
+    lines = []
+    for each in pairs(30):
+        prompt = each["input"]["messages"]
+        before: list[Any] = [] if prompted else prompt
+        answers = {"chosen": each["preferred_output"], "rejected": each["non_preferred_output"]}
+        lines.append(
+            {key: [*before, *answer] for key, answer in answers.items()} | ({"prompt": prompt} if prompted else {})
+        )
+    cluster.feed("acme/a", lines)
+    outcome = only(cluster.run())
+    assert (outcome.counts.pairs, outcome.counts.held_out, outcome.counts.quarantined) == (27, 3, 0)
+    assert trained_jobs(cluster)[0].spec.objective == "dpo"
+
+
+def test_answers_with_labels_are_quarantined(cluster: Cluster) -> None:
+    labeled = [{"messages": each["messages"], "label": True} for each in rows(3, "labeled")]
+    cluster.feed("acme/a", [*rows(60), *labeled])
+    outcome = only(cluster.run())
+    assert outcome.counts.quarantined == 3 and "it is an answer with a label" in outcome.quarantined[0]

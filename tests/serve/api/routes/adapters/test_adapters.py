@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -115,3 +116,25 @@ def test_new_data_of_another_form_is_refused_when_it_is_added(
     assert "`--columns instruction=prompt,output=completion`" in add("forms", text).json()["error"]["message"]
     assert add("forms", chat, chat).status_code == 200  # the refused data left nothing behind
     assert add("plain", text).status_code == 200
+
+
+def test_preference_pairs_are_new_data_and_labels_are_not(
+    client: OpenAI, http: httpx.Client, tenant: str, jsonl: Any
+) -> None:
+    chosen = [{"prompt": f"p{number}", "chosen": "good", "rejected": "bad"} for number in range(30)]
+    labeled = [{"prompt": f"p{number}", "completion": "good", "label": True} for number in range(30)]
+    pairs, labels = (
+        client.files.create(file=(name, "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune").id
+        for name, lines in (("pairs.jsonl", chosen), ("labels.jsonl", labeled))
+    )
+    path = f"/v1/adapters/{tenant}/rated/data"
+    added = http.post(path, json={"training_file": pairs})
+    assert added.status_code == 200 and added.json()["new_data"]["outlook"] == (
+        "30 preference pairs, on which a nightly run trains after new examples, once there are as many as "
+        "feedback.min_pairs of nightly.yaml, by default 20. They wait until the adapter has examples or a champion."
+    )
+    assert not added.json()["new_data"]["enough"]
+    refused = http.post(path, json={"training_file": labels})
+    assert refused.status_code == 400 and "--objective kto" in refused.json()["error"]["message"]
+    chat = client.files.create(file=("chat.jsonl", jsonl(12)), purpose="fine-tune").id
+    assert http.post(path, json={"training_file": chat, "validation_file": pairs}).status_code == 400, "two forms"
