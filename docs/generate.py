@@ -180,8 +180,8 @@ def default_text(name: str, field: FieldInfo) -> str:
 def nightly_page() -> str:
     """Every key of nightly.yaml with its type, default and description."""
     intro = (
-        "`nightly.yaml` defines nightly runs; [Retrain every night](../howto/nightly.md) explains it. It lies in the "
-        "home, or where the setting `nightly.file` names another place. Every key may be left out, and an empty file "
+        "`nightly.yaml` defines nightly runs; [Retrain every night](../howto/nightly.md) explains it. It is in the "
+        "home, or where the setting `nightly.file` names another place. Every key is optional, and an empty file "
         "is valid; an unknown key is an error. `loramill nightly validate` checks a file and describes it in words."
     )
     top = [(name, field) for name, field in NightlyDefinition.model_fields.items() if section_of(field) is None]

@@ -23,7 +23,7 @@ class WatchLimits(FrozenModel):
     min_requests: int = Field(
         default=50,
         ge=1,
-        description="Number of requests from which versions are compared; with fewer, none is rolled back.",
+        description="Minimum number of requests before versions are compared.",
     )
     max_error_rate_increase: float = Field(
         default=0.02, ge=0, le=1, description="By how much the fraction of failed requests may rise."

@@ -41,8 +41,8 @@ def approve(
 ) -> None:
     """Approve challengers that passed the gate of a nightly run with `gate.approval: manual`, or reject them.
 
-    They take over as nightly.yaml specified during the run: at once, or by a canary or shadow. Exits with 1 if one
-    could not be decided; the others are.
+    They take over as nightly.yaml specified during the run: at once, or after a canary or shadow. Exits with 1 if one
+    could not be decided; the others are decided nevertheless.
     """
     from loramill.registry.nightly_approvals import list_waiting
 

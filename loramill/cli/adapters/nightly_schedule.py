@@ -39,7 +39,7 @@ def validate(
     """Check nightly.yaml, and print what it means. Exits with 1 if it has faults.
 
     It prints all faults of keys and values at once, or else all contradictions between sections. It works without a
-    database, and then does not say which adapters the file selects.
+    database, but then can't show which adapters the file selects.
     """
     from loramill.pipelines.nightly.definition import load_definition, read_definition
     from loramill.pipelines.nightly.definition.describe import describe

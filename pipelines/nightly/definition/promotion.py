@@ -45,7 +45,7 @@ def _check_prompt(value: str) -> str:
 class JudgeDefinition(FrozenModel):
     """A language model that scores answers, behind any endpoint in OpenAI's format."""
 
-    url: WebUrl = Field(description="URL of the endpoint up to and with /v1; may contain ${NAME}, a variable.")
+    url: WebUrl = Field(description="URL of the endpoint, including /v1; may contain ${NAME}, an environment variable.")
     model: str = Field(min_length=1, description="Name of the model.")
     prompt: Annotated[str, AfterValidator(_check_prompt)] | None = Field(
         default=None,
@@ -86,7 +86,7 @@ class EvaluateDefinition(FrozenModel):
     )
     golden: Location | None = Field(
         default=None,
-        description="Examples that a challenger has to answer right: a path or URL, in which {tenant} and {adapter} "
+        description="Examples that a challenger must answer correctly: a path or URL, in which {tenant} and {adapter} "
         "are replaced, or the ID of a dataset.",
     )
     stop_early: bool = Field(
@@ -106,7 +106,7 @@ class GateDefinition(FrozenModel):
     """When a challenger replaces the champion."""
 
     metric: Metric = Field(
-        default="token_f1", description="Score that decides; one of `evaluate.metrics`. Of `loss`, less is better."
+        default="token_f1", description="Score that decides; one of `evaluate.metrics`. For `loss`, lower is better."
     )
     confidence: float = Field(
         default=0.95, ge=0.5, lt=1, description="Confidence that a gain must have, over all new examples together."
@@ -121,7 +121,7 @@ class GateDefinition(FrozenModel):
         default=0.0, ge=0, le=1, description="By how much a challenger must be better on new data, in the metric."
     )
     min_golden: float = Field(
-        default=1.0, ge=0, le=1, description="Fraction of the golden examples that a challenger has to answer right."
+        default=1.0, ge=0, le=1, description="Fraction of the golden examples that a challenger must answer correctly."
     )
     approval: Literal["automatic", "manual"] = Field(
         default="automatic",

@@ -87,13 +87,13 @@ class ScheduleDefinition(FrozenModel):
     )
     timezone: Timezone = Field(
         default="UTC",
-        description="Time zone of `cron`, such as Europe/Berlin. A time that a change to summer time leaves out is "
-        "run at the next time that exists; one that a change back repeats is run once.",
+        description="Time zone of `cron`, such as Europe/Berlin. If clocks go forward past a "
+        "time, its run starts at the next time that exists; a time that occurs twice has one run.",
     )
     missed: Literal["once", "skip"] = Field(
         default="once",
-        description="What happens after times at which nothing could start a run: one run at once, whatever the "
-        "number of missed times, or none until the next time.",
+        description="What happens after missed times, when nothing could start a run: one run at once, however many "
+        "were missed, or none until the next time.",
     )
 
 
@@ -134,7 +134,7 @@ class FeedbackDefinition(FrozenModel):
     min_pairs: int = Field(
         default=20,
         ge=1,
-        description="Number of preferences of an adapter from which a run trains on them; fewer wait.",
+        description="Minimum number of an adapter's preferences before a run trains on them; fewer wait.",
     )
 
 
@@ -151,8 +151,8 @@ class SplitDefinition(FrozenModel):
         default=0.8,
         gt=0,
         le=1,
-        description="Jaccard similarity, 0 to 1, from which two examples count as the same one, so that a near "
-        "duplicate of a held-out example is not trained on. Null: only equal texts are duplicates.",
+        description="Jaccard similarity, 0 to 1, from which two examples are near-duplicates; a near-duplicate of a "
+        "held-out example is not trained on. Null: only equal texts are duplicates.",
     )
     max_bad_rows: float = Field(
         default=0.2,
@@ -165,8 +165,8 @@ class SplitDefinition(FrozenModel):
         default=None,
         min_length=1,
         description="Field of the rows' `metadata` whose value decides the side, such as user: rows of one value are "
-        "all held out or all trained on, in all runs, and `held_out` is the share of the values. The content of rows "
-        "without it decides, and of all rows if it is unset.",
+        "all held out or all trained on, in all runs, and `held_out` is the share of the values. For rows without the "
+        "field, and for all rows if this is unset, the content decides.",
     )
 
 
