@@ -51,7 +51,7 @@ def new_files(session: Session, artifacts: ArtifactStore, new_data: NewData) -> 
     files = []
     for ids, validation in ((new_data.train, False), (new_data.valid, True)):
         for found in (datasets.get(session, each) for each in ids):
-            files.append(NewFile(found.filename, artifacts.read(found.artifact, "data.jsonl"), validation))
+            files.append(NewFile(found.filename, artifacts.read(found.artifact, "data.jsonl"), validation, found.id))
     return files
 
 

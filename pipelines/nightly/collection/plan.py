@@ -30,7 +30,7 @@ from loramill.pipelines.nightly.collection.policy import Fate, near_held_out
 from loramill.pipelines.nightly.collection.preferences import PreferenceFiles, preference_spec
 from loramill.pipelines.nightly.collection.relation import Known
 from loramill.pipelines.nightly.collection.rows import (
-    check_rows,
+    check_files,
     check_share,
     of_one_format,
     too_few_pairs,
@@ -39,7 +39,7 @@ from loramill.pipelines.nightly.collection.rows import (
 from loramill.pipelines.nightly.collection.sorting import DecidedRow, SortedRows, sort_rows
 from loramill.pipelines.nightly.definition import SplitDefinition, TrainDefinition
 from loramill.plural import counted
-from loramill.registry import ArtifactStore, content
+from loramill.registry import ArtifactStore, content, nightly
 from loramill.types import ContentSide, DatasetRecord, JobSpec, NewData
 
 
@@ -108,7 +108,9 @@ def plan_training(
     record_past(session, artifacts, name, past)
     known = known_content(session, name)
     old = old_rows(session, artifacts, past)
-    checked = of_one_format(check_rows(new_files(session, artifacts, new_data)), row_format(old[0]) if old else None)
+    found, waiting = check_files(new_files(session, artifacts, new_data), rules.min_pairs)
+    nightly.release_files(session, run, name, waiting)
+    checked = of_one_format(found, row_format(old[0]) if old else None)
     if (few := too_few_pairs(checked, rules.min_pairs)) is not None:
         return InsufficientData(few)
     checked = with_enough_pairs(checked, rules.min_pairs)

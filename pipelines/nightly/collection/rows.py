@@ -47,11 +47,12 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file of new data."""
+    """A file of new data; `dataset` is its ID."""
 
     name: str
     content: bytes
     validation: bool = False
+    dataset: str = ""
 
 
 class QuarantinedRow(FrozenModel):
@@ -132,6 +133,30 @@ def of_one_format(checked: CheckedRows, trained: RowFormat | None) -> CheckedRow
         _quarantine(row.file, row.line, row.raw, reason) for row in checked.valid if row.example.format != expected
     ]
     return CheckedRows(kept, (*checked.bad, *others))
+
+
+def check_files(files: Sequence[NewFile], min_pairs: int) -> tuple[CheckedRows, list[str]]:
+    """Reads every row of files, except those of files of preference pairs alone that wait for others.
+
+    Args:
+        files: the files.
+        min_pairs: with fewer pairs in all files together, and with other rows, training files of pairs alone wait.
+
+    Returns:
+        The rows, and the IDs of the datasets that wait.
+
+    Raises:
+        DatasetInvalid: a file is not text.
+    """
+    found = [(file, check_rows([file])) for file in files]
+    pairs = [row.pair is not None for _, each in found for row in each.valid]
+    waiting = []
+    if 0 < sum(pairs) < min_pairs and not all(pairs):
+        alone = [file for file, each in found if each.valid and all(row.pair is not None for row in each.valid)]
+        waiting = [file.dataset for file in alone if not file.validation]
+    kept = [each for file, each in found if file.dataset not in waiting]
+    valid, bad = [row for each in kept for row in each.valid], [row for each in kept for row in each.bad]
+    return CheckedRows(tuple(valid), tuple(bad)), waiting
 
 
 def too_few_pairs(checked: CheckedRows, minimum: int) -> str | None:

@@ -132,11 +132,10 @@ def test_a_failed_preference_job_leaves_the_version_before_it(cluster: Cluster) 
     assert result(cluster)["choice"] == "The version before the preferences, whose job failed."
 
 
-def test_few_pairs_are_quarantined_with_the_reason(cluster: Cluster) -> None:
+def test_few_pairs_among_examples_are_quarantined_with_the_reason(cluster: Cluster) -> None:
     promoted(cluster)
     cluster.settings.nightly_file.write_text("split: {max_bad_rows: 0.5}\n")
-    cluster.feed("acme/a", rows(100, "new"))
-    cluster.feed("acme/a", pairs(19))
+    cluster.feed("acme/a", [*rows(100, "new"), *pairs(19)])
     outcome = only(cluster.run())
     assert outcome.counts.quarantined == 19 and "it is one of 19 preference pairs" in outcome.quarantined[0]
 
@@ -163,6 +162,19 @@ def test_few_pairs_alone_wait_for_others(cluster: Cluster) -> None:
     )
     cluster.feed("acme/a", pairs(12, "more"))
     assert only(cluster.run()).counts.pairs == 22
+
+
+def test_few_pairs_wait_while_examples_are_trained_on(cluster: Cluster) -> None:
+    promoted(cluster)
+    cluster.feed("acme/a", pairs(12))
+    cluster.feed("acme/a", rows(30, "new"))
+    outcome = only(cluster.run())
+    assert (outcome.counts.train, outcome.counts.pairs, outcome.counts.quarantined) == (27, 0, 0)
+    assert cluster.pending() == ["acme/a"], "the pairs"
+    cluster.feed("acme/a", [*pairs(12, "more"), *rows(12, "mixed")])
+    outcome = only(cluster.run())
+    assert (outcome.counts.pairs + outcome.counts.train + outcome.counts.held_out, cluster.pending()) == (36, [])
+    assert outcome.counts.pairs > 20
 
 
 @pytest.mark.parametrize("prompted", [True, False])
