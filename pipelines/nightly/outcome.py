@@ -86,10 +86,14 @@ def summary(found: Sequence[Outcome]) -> str:
     """One line: the number of adapters per verdict, and which failed at which stage."""
     if not found:
         return "No adapter had new data."
-    counts = [(verdict, sum(each.verdict is verdict for each in found)) for verdict in Verdict]
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts if count)
-    bad = "; ".join(f"{each.adapter} at {each.stage}" for each in found if each.verdict in UNSUCCESSFUL)
-    return f"Nightly run: {counted}{f' ({bad})' if bad else ''}."
+    groups = [[each for each in found if each.verdict is verdict] for verdict in Verdict]
+    return f"Nightly run: {', '.join(_counted(group) for group in groups if group)}."
+
+
+def _counted(group: Sequence[Outcome]) -> str:
+    verdict = group[0].verdict
+    where = "; ".join(f"{each.adapter} at {each.stage}" for each in group) if verdict in UNSUCCESSFUL else ""
+    return f"{len(group)} {verdict}{f' ({where})' if where else ''}"
 
 
 def succeeded(found: Sequence[Outcome]) -> bool:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from loramill.pipelines.nightly.definition.promotion import GateDefinition
 from loramill.pipelines.nightly.gate.candidates import (
     GateDecision,
-    GateVerdict,
     GoldenScore,
     PairedScores,
     PairedSlice,
@@ -66,16 +65,11 @@ def decide_early(
         )
         for won in (True, False)
     )
-    total = len(known) + len(left)
-    if worst.promote:
-        return _early(GateVerdict.PROMOTE, f"even if it lost the {len(left)} of {total} examples left, {worst.reason}")
-    if not best.promote:
-        return _early(best.verdict, f"even if it won the {len(left)} of {total} examples left, {best.reason}")
-    return None
-
-
-def _early(verdict: GateVerdict, reason: str) -> GateDecision:
-    return GateDecision(verdict=verdict, reason=reason)
+    if best.promote and not worst.promote:
+        return None
+    certain, counted = (worst, "lost") if worst.promote else (best, "won")
+    rest = f"{len(left)} of {len(known) + len(left)} examples that were not evaluated"
+    return GateDecision(verdict=certain.verdict, reason=f"even with the {rest} counted as {counted}, {certain.reason}")
 
 
 def _filled(

@@ -40,7 +40,8 @@ def test_data_that_fails_is_set_aside_and_does_not_stop_others(cluster: Cluster)
     assert (bad.verdict, bad.stage, good.verdict) == (Verdict.FAILED, "collect", Verdict.PROMOTED)
     assert "20 of 80 rows are bad, more than 20%" in bad.reason and "loramill nightly retry acme/bad" in bad.reason
     assert not succeeded([bad, good])
-    assert summary([bad, good]) == "Nightly run: 1 promoted, 1 failed (acme/bad at collect)."
+    late = bad.model_copy(update={"verdict": Verdict.SKIPPED})
+    assert summary([bad, late, good]) == "Nightly run: 1 promoted, 1 failed (acme/bad at collect), 1 skipped."
     assert cluster.set_aside() == {"acme/bad": "collect"} and cluster.run() == []
     with cluster.registry.writing() as session:
         nightly.retry(session, "acme/bad")
