@@ -20,11 +20,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramill.models.catalog import Base
-from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition
-from loramill.pipelines.nightly.rollouts.introduce import introduce
+from loramill.pipelines.nightly.rollouts.introduce import introduction
 from loramill.registry import Registry, adapters, nightly
-from loramill.registry.rollouts import records, traffic
+from loramill.registry.rollouts import moves, records, traffic
 from loramill.serve.model import load_decoder
 from loramill.types import RolloutKind, RolloutOutcome, RolloutState
 from loramill_bench.engine.harness import write_adapters
@@ -149,15 +148,8 @@ def begin(registry: Registry, name: str, version: str, sections: dict[str, Any])
     definition = NightlyDefinition.model_validate(sections).for_adapter(name)
     with registry.writing() as session:
         run = nightly.finish_run(session, nightly.open_run(session).id)
-        introduce(
-            session,
-            AdapterName.parse(name),
-            version,
-            canary=definition.canary,
-            watch=definition.watch,
-            run=run.id,
-            reason="it gains 0.100",
-        )
+        how = introduction(definition.canary, definition.watch)
+        moves.introduce(session, name, version, how, run=run.id, reason="it gains 0.100")
 
 
 def newest(registry: Registry, name: str) -> RolloutState:
