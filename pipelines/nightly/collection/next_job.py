@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loramill.models.catalog import Base
 from loramill.names import AdapterName
+from loramill.pipelines.nightly.collection.past import Past
 from loramill.submission.changes import change_spec, request_of
 from loramill.submission.defaults import (
     LEARNING_RATE,
@@ -21,6 +22,30 @@ from loramill.types import DatasetRecord, JobSpec
 EPOCHS = 2
 #: What runs use unless nightly.yaml sets options.
 NO_OPTIONS = JobOptions()
+
+
+def starts_of(start: str, past: Past) -> tuple[str, ...]:
+    """Where training starts: "champion", "fresh" (new weights), or both in this order."""
+    if past.job is None:  # no champion, or one whose job is unknown
+        return ("fresh",)
+    return ("champion", "fresh") if start == "both" else (start,)
+
+
+def job_spec(
+    name: AdapterName,
+    past: Past,
+    base: Base,
+    options: JobOptions,
+    valid: DatasetRecord,
+    train: DatasetRecord,
+    start: str,
+) -> JobSpec:
+    """The job of one of the starts."""
+    if past.job is None or past.champion is None:
+        return first_spec(name, train, valid, base, options)
+    if start == "fresh":
+        return fresh_spec(past.job, train, valid, base, options)
+    return next_spec(past.job, past.champion, train, valid, base, options)
 
 
 def first_spec(

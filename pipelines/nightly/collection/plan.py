@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
 from loramill.pipelines.nightly.collection.freeze import Freezer, collected_result, new_files
-from loramill.pipelines.nightly.collection.next_job import first_spec, fresh_spec, next_spec
+from loramill.pipelines.nightly.collection.next_job import job_spec, starts_of
 from loramill.pipelines.nightly.collection.past import (
     Past,
     find_past,
@@ -40,7 +41,7 @@ from loramill.pipelines.nightly.collection.sorting import DecidedRow, SortedRows
 from loramill.pipelines.nightly.definition import SplitDefinition, TrainDefinition
 from loramill.plural import counted
 from loramill.registry import ArtifactStore, content, nightly
-from loramill.types import ContentSide, DatasetRecord, JobSpec, NewData
+from loramill.types import ContentSide, NewData
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _plan_examples(work: _Work, rows_before: Sequence[bytes], known: Known) -> d
     past, rules, freezer = work.past, work.rules, work.freezer
     old_held = [each for each, side in zip(known.examples, known.sides, strict=True) if side is ContentSide.HELD_OUT]
     kept_out = [*old_held, *(each.fingerprint for each in work.rows.held)]
-    starts = _starts(rules.train, past)
+    starts = starts_of(rules.train.start, past)
     # New weights have to learn everything that the champion was trained on.
     old = filter(originals(known), shuffled(rows_before, past.champion or ""))
     replay = _replay(old if starts[0] == "fresh" else islice(old, rules.replay), kept_out, work)
@@ -175,11 +176,12 @@ def _plan_examples(work: _Work, rows_before: Sequence[bytes], known: Known) -> d
         content.move(freezer.session, freezer.name, past.valid, valid.id)
     work.record(ContentSide.TRAIN, frozen.id, work.rows.train)
     work.record(ContentSide.HELD_OUT, valid.id, work.rows.held)
-    spec = _spec(work, frozen, valid, starts[0])
+    job = partial(job_spec, freezer.name, past, work.base, rules.train.options, valid)
+    spec = job(frozen, starts[0])
     planned = {"spec": spec.model_dump(mode="json"), "slices": slices, "replay": {"plain": len(replay)}}
     if "fresh" in starts[1:]:
         everything = freezer.freeze("train-fresh", [*rows, *replay, *_replay(old, kept_out, work)])
-        planned["fresh"] = _spec(work, everything, valid, "fresh").model_dump(mode="json")
+        planned["fresh"] = job(everything, "fresh").model_dump(mode="json")
     return planned
 
 
@@ -248,19 +250,3 @@ def _kept_out(rules: CollectionRules) -> str:
     """What to do if the values of a field leave too few examples on one side."""
     by = rules.split.by
     return f"Add examples, with other values of {by}." if by is not None else "Add different ones."
-
-
-def _starts(train: TrainDefinition, past: Past) -> tuple[str, ...]:
-    """Where training starts: "champion", "fresh" (new weights), or both in this order."""
-    if past.job is None:  # no champion, or one whose job is unknown
-        return ("fresh",)
-    return ("champion", "fresh") if train.start == "both" else (train.start,)
-
-
-def _spec(work: _Work, train: DatasetRecord, valid: DatasetRecord, start: str) -> JobSpec:
-    past, options = work.past, work.rules.train.options
-    if past.job is None or past.champion is None:
-        return first_spec(work.freezer.name, train, valid, work.base, options)
-    if start == "fresh":
-        return fresh_spec(past.job, train, valid, work.base, options)
-    return next_spec(past.job, past.champion, train, valid, work.base, options)
