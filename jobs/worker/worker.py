@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import TrainingExample, encode_for_training
+from loramill.data.encoding import TrainingExample, encode_all
 from loramill.data.examples import Example, Examples, read_examples
 from loramill.data.tokenizer import ChatTokenizer
 from loramill.errors import (
@@ -256,7 +256,7 @@ def encode_examples(worker: Worker, job: JobRecord, examples: Examples) -> list[
     """Encodes examples. A template that writes the date gets the job's submission date, so that every attempt trains
     on the same tokens."""
     tokenizer = worker.tokenizer.at_time(datetime.fromtimestamp(job.created_at, UTC))
-    return [encode_for_training(tokenizer, example, job.spec.train_on) for example in examples.examples]
+    return encode_all(tokenizer, examples.examples, job.spec.train_on)
 
 
 def report_supervised_tokens(

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 from loramill.data.examples import Example, Examples
@@ -17,6 +18,8 @@ from loramill.types import TrainOn
 
 #: Stands for an answer's content, to find its position in a rendered conversation.
 _PLACEHOLDER = "loramill-places-the-answer-here"
+#: Examples whose texts are tokenized at once, which takes three quarters of the time of one by one.
+_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +77,8 @@ def encode_example(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn
             template renders earlier messages differently once the answer is there, or does not end an answer with a
             stop token, so that no prefix is the prompt that will be served.
     """
-    if example.prompt is not None:
-        return _encode_completion(tokenizer, example, example.prompt)
-    if (param := first_tool_param(example.messages, example.tools)) and not tokenizer.renders_tool_calls:
-        raise DatasetInvalid(
-            f"This base's chat template does not render tools or tool calls, so that '{param}' would be "
-            "lost: leave them out, or use a base whose template supports tools."
-        )
-    found: list[EncodedExample] = []
-    for index, weight in example.supervised_answers(train_on):
-        prompt, completion = _encode_answer(tokenizer, example.messages[: index + 1], example.tools)
-        tokens = (*prompt, *completion)
-        earlier: tuple[TokenSpan, ...] = ()
-        if found and tuple(prompt[: len(found[-1].tokens)]) == found[-1].tokens:
-            earlier = found.pop().spans
-        found.append(EncodedExample(tokens, len(prompt), weight, earlier, example.line))
-    if not found:
-        raise DatasetInvalid(
-            f"messages[{len(example.messages) - 1}].weight is 0, and only the last answer is to be trained: "
-            "give it another weight, or train all answers."
-        )
-    return replace(found[0], rest=tuple(found[1:]))
+    answers = _render_answers(tokenizer, example, train_on)
+    return _join(tokenizer, example, answers, tokenizer.codec.encode_batch(_texts(answers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +120,45 @@ class LabeledAnswer:
 TrainingExample = EncodedExample | EncodedPair | LabeledAnswer
 
 
-def encode_for_training(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> TrainingExample:
-    """Tokens of an example of any kind.
+def encode_for_training(
+    tokenizer: ChatTokenizer, examples: Sequence[Example], train_on: TrainOn
+) -> Iterator[TrainingExample | InvalidRequest]:
+    """Tokens of examples of any kind, each by itself, or in its place the error that `encode_example` raises.
 
     Args:
         tokenizer: the base's.
-        example: the example.
+        examples: the examples.
         train_on: the answers of a conversation to train on; of preference data, only the answers that are judged are.
+    """
+    for start in range(0, len(examples), _BATCH):
+        batch = examples[start : start + _BATCH]
+        rendered = [_rendered_sides(tokenizer, each, train_on) for each in batch]
+        texts = [_texts(side) for sides in rendered if not isinstance(sides, InvalidRequest) for side in sides]
+        tokens = iter(tokenizer.codec.encode_batch([text for each in texts for text in each]))
+        for example, sides in zip(batch, rendered, strict=True):
+            if isinstance(sides, InvalidRequest):
+                yield sides
+                continue
+            own = [list(islice(tokens, len(_texts(side)))) for side in sides]
+            try:
+                encoded = [_join(tokenizer, *each) for each in zip(example.sides, sides, own, strict=True)]
+                yield _training_example(example, encoded)
+            except InvalidRequest as error:
+                yield error
+
+
+def encode_all(tokenizer: ChatTokenizer, examples: Sequence[Example], train_on: TrainOn) -> list[TrainingExample]:
+    """Tokens of examples of any kind.
 
     Raises:
-        DatasetInvalid: as `encode_pair`.
+        DatasetInvalid: as `encode_pair`, of the first example that has no tokens.
     """
-    if example.kind == "preference":
-        return encode_pair(tokenizer, example)
-    if example.label is not None:
-        return LabeledAnswer(encode_example(tokenizer, example, "only_last"), example.label)
-    return encode_example(tokenizer, example, train_on)
+    found: list[TrainingExample] = []
+    for encoded in encode_for_training(tokenizer, examples, train_on):
+        if isinstance(encoded, InvalidRequest):
+            raise encoded
+        found.append(encoded)
+    return found
 
 
 def encode_pair(tokenizer: ChatTokenizer, example: Example) -> EncodedPair:
@@ -164,13 +171,22 @@ def encode_pair(tokenizer: ChatTokenizer, example: Example) -> EncodedPair:
     Raises:
         DatasetInvalid: as `encode_example`, or no difference between the answers is left.
     """
-    chosen, rejected = (encode_example(tokenizer, side, "only_last") for side in example.sides)
+    return _pair(*(encode_example(tokenizer, side, "only_last") for side in example.sides))
+
+
+def _pair(chosen: EncodedExample, rejected: EncodedExample) -> EncodedPair:
     if chosen.tokens == rejected.tokens:
         raise DatasetInvalid(
             "Both answers have the same tokens: this base's vocabulary or chat template leaves no difference between "
             "them; write another answer, or remove the example."
         )
     return EncodedPair(chosen, rejected)
+
+
+def _training_example(example: Example, encoded: Sequence[EncodedExample]) -> TrainingExample:
+    if example.kind == "preference":
+        return _pair(*encoded)
+    return encoded[0] if example.label is None else LabeledAnswer(encoded[0], example.label)
 
 
 def check_tokens(
@@ -196,13 +212,13 @@ def check_tokens(
     problems, unit = ProblemList(examples.filename), unit_of(examples.filename)
     tokenizer = tokenizer.at_time(datetime.now(UTC))
     lengths = array("L")
-    for example in examples.examples:
+    found = encode_for_training(tokenizer, examples.examples, train_on)
+    for example, encoded_example in zip(examples.examples, found, strict=True):
         where = f"{unit} {example.line}"
-        try:
-            sides = _encode_sides(tokenizer, example, train_on)
-        except InvalidRequest as error:
-            problems.add(error.message, where)
+        if isinstance(encoded_example, InvalidRequest):
+            problems.add(encoded_example.message, where)
             continue
+        sides = _sides(encoded_example)
         if example.kind == "preference":  # one pass has both answers
             lengths.append(sum(len(encoded.tokens) for encoded in sides.values()))
         else:
@@ -214,9 +230,8 @@ def check_tokens(
     return lengths
 
 
-def _encode_sides(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> Mapping[str, EncodedExample]:
+def _sides(encoded: TrainingExample) -> Mapping[str, EncodedExample]:
     """The encoded answers of an example by what they are called in messages."""
-    encoded = encode_for_training(tokenizer, example, train_on)
     if isinstance(encoded, EncodedPair):
         return {"chosen ": encoded.chosen, "rejected ": encoded.rejected}
     return {"": encoded.answer if isinstance(encoded, LabeledAnswer) else encoded}
@@ -243,8 +258,9 @@ def training_problem(tokenizer: ChatTokenizer) -> str | None:
     """Why a base can't train on conversations, as the end of a sentence; None if it can."""
     if tokenizer.chat_problem:
         return tokenizer.chat_problem
+    answer = Message(role="assistant", content="Hello.")
     try:
-        _encode_answer(tokenizer, [Message(role="user", content="Hi"), Message(role="assistant", content="Hello.")])
+        encode_example(tokenizer, Example((Message(role="user", content="Hi"), answer), None, "Hello.", 0))
     except InvalidRequest as error:
         return error.message
     return None
@@ -268,10 +284,77 @@ def _encode_completion(tokenizer: ChatTokenizer, example: Example, prompt_text: 
     return EncodedExample((*prompt, *completion, tokenizer.stop_ids[0]), len(prompt), weight, line=example.line)
 
 
-def _encode_answer(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt of the last message, which is an answer, and of the answer with its end."""
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer to train as text: its prompt, and the whole with the answer and its end, special tokens escaped."""
+
+    prompt: str
+    whole: str
+    weight: float
+
+
+def _texts(answers: Sequence[_Answer]) -> list[str]:
+    return [text for answer in answers for text in (answer.prompt, answer.whole)]
+
+
+def _rendered_sides(
+    tokenizer: ChatTokenizer, example: Example, train_on: TrainOn
+) -> list[Sequence[_Answer]] | InvalidRequest:
+    judged: TrainOn = train_on if example.kind == "supervised" else "only_last"
+    try:
+        return [_render_answers(tokenizer, side, judged) for side in example.sides]
+    except InvalidRequest as error:
+        return error
+
+
+def _render_answers(tokenizer: ChatTokenizer, example: Example, train_on: TrainOn) -> Sequence[_Answer]:
+    """The answers of a conversation that are trained; of completion data, which no template renders, none."""
+    if example.prompt is not None:
+        return ()
+    if (param := first_tool_param(example.messages, example.tools)) and not tokenizer.renders_tool_calls:
+        raise DatasetInvalid(
+            f"This base's chat template does not render tools or tool calls, so that '{param}' would be "
+            "lost: leave them out, or use a base whose template supports tools."
+        )
+    found = [
+        _Answer(*_render_answer(tokenizer, example.messages[: index + 1], example.tools), weight)
+        for index, weight in example.supervised_answers(train_on)
+    ]
+    if not found:
+        raise DatasetInvalid(
+            f"messages[{len(example.messages) - 1}].weight is 0, and only the last answer is to be trained: "
+            "give it another weight, or train all answers."
+        )
+    return found
+
+
+def _join(
+    tokenizer: ChatTokenizer, example: Example, answers: Sequence[_Answer], tokens: Sequence[list[int]]
+) -> EncodedExample:
+    """The tokens of an example, from those of the `_texts` of its answers."""
+    if example.prompt is not None:
+        return _encode_completion(tokenizer, example, example.prompt)
+    found: list[EncodedExample] = []
+    for answer, prompt, whole in zip(answers, tokens[::2], tokens[1::2], strict=True):
+        completion = tokenizer.codec.encode_rest(prompt, whole, answer.whole[len(answer.prompt) :])
+        end = next((index for index, token in enumerate(completion) if token in tokenizer.stop_ids), None)
+        if end is None:
+            raise DatasetInvalid(
+                "This base's chat template ends an answer with none of its stop tokens, so a "
+                "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
+            )
+        trained = (*prompt, *completion[: end + 1])
+        earlier: tuple[TokenSpan, ...] = ()
+        if found and tuple(prompt[: len(found[-1].tokens)]) == found[-1].tokens:
+            earlier = found.pop().spans
+        found.append(EncodedExample(trained, len(prompt), answer.weight, earlier, example.line))
+    return replace(found[0], rest=tuple(found[1:])) if len(found) > 1 else found[0]
+
+
+def _render_answer(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> tuple[str, str]:
+    """The text of the prompt of the last message, which is an answer, and of both together."""
     answered = tokenizer.render(messages, add_generation_prompt=False, tools=tools)
     before = messages[:-1]
     if before:
@@ -280,15 +363,7 @@ def _encode_answer(
         prompt_text = _opening(tokenizer, answered)
     if not answered.startswith(prompt_text):
         answered = prompt_text + _answer_after_opening(tokenizer, messages, tools, prompt_text, answered)
-    prompt = tokenizer.codec.encode(prompt_text)
-    completion = tokenizer.codec.encode_rest(prompt, tokenizer.codec.encode(answered), answered[len(prompt_text) :])
-    end = next((index for index, token in enumerate(completion) if token in tokenizer.stop_ids), None)
-    if end is None:
-        raise DatasetInvalid(
-            "This base's chat template ends an answer with none of its stop tokens, so a "
-            "model would never learn to stop; correct eos_token_id in the base's generation_config.json."
-        )
-    return prompt, completion[: end + 1]
+    return prompt_text, answered
 
 
 def _opening(tokenizer: ChatTokenizer, answered: str) -> str:

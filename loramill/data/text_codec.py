@@ -35,6 +35,9 @@ class TextCodec:
         self._markup = Tokenizer.from_str(tokenizer_json)
         self._plain = Tokenizer.from_str(tokenizer_json)
         self._plain.encode_special_tokens = True
+        for each in (self._markup, self._plain):  # some files set these, and no text may be cut or filled here
+            each.no_truncation()
+            each.no_padding()
         added = self._markup.get_added_tokens_decoder()
         self.special = {token.content: id_ for id_, token in added.items() if token.special}
         self.vocabulary_size: int = self._markup.get_vocab_size()
@@ -65,6 +68,12 @@ class TextCodec:
         for index, piece in enumerate(self._unescaped.split(text)):
             tokens += [self.special[piece]] if index % 2 else self.encode_plain(piece.replace(_ESCAPE, ""))
         return tokens
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        plain = (text for text in texts if _ESCAPE not in text)
+        found = iter(self._markup.encode_batch_fast(list(plain), add_special_tokens=False))
+        return [self.encode(text) if _ESCAPE in text else next(found).ids for text in texts]
 
     def encode_plain(self, text: str) -> list[int]:
         """Tokens of text without markup."""

@@ -6,7 +6,7 @@ All adapters are asked in rounds, a chunk of examples of each, and leave once th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loramill.data.tokenizer import ChatTokenizer
@@ -117,11 +117,14 @@ def _per_example(plan: EvalPlan) -> int:
 
 def _questions(evaluation: Evaluation, tokenizer: ChatTokenizer) -> Iterator[tuple[_Kind, list[EvalQuestion]]]:
     plan, examples = evaluation.plan, [each.example for each in evaluation.next_chunk()]
+    first, pending = plan.candidates[0].model, dict[bool, list[EvalQuestion]]()
+    if needs_answers(plan):
+        pending[False] = build_questions(first, examples, tokenizer)
+    if "loss" in plan.definition.computed_metrics:
+        pending[True] = build_loss_questions(first, examples, tokenizer)
     for candidate in plan.candidates:
-        if needs_answers(plan):
-            yield (candidate.role, False), build_questions(candidate.model, examples, tokenizer)
-        if "loss" in plan.definition.computed_metrics:
-            yield (candidate.role, True), build_loss_questions(candidate.model, examples, tokenizer)
+        for is_loss, questions in pending.items():
+            yield (candidate.role, is_loss), [replace(each, model=candidate.model) for each in questions]
 
 
 def _take(context: NightlyContext, evaluation: Evaluation, sent: _Round) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from loramill.data.encoding import TrainingExample, encode_for_training
+from loramill.data.encoding import TrainingExample, encode_all
 from loramill.data.examples import Example, read_examples
 from loramill.jobs.train.context import TrainContext, TrainingProgress
 from loramill.jobs.train.export.adapter import export_adapter
@@ -103,7 +103,7 @@ def _pairs(base: EngineAnswerer, data: TaskData, examples: Sequence[Example]) ->
         if answer.strip() not in ("", example.completion.strip())
     )
     pairs = read_examples(_jsonl(rows), "pairs.jsonl").examples
-    return [encode_for_training(data.tokenizer, pair, data.spec.train_on) for pair in pairs]
+    return encode_all(data.tokenizer, pairs, data.spec.train_on)
 
 
 def _jsonl(rows: Iterable[object]) -> bytes:

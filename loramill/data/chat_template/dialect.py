@@ -44,9 +44,12 @@ def compile_template(template: str) -> jinja2.Template:
     environment.filters |= {"tojson": tojson, "loramill_steps": _steps, "loramill_joined": _joined}
     environment.globals["raise_exception"] = _raise_in_template
     try:
-        return environment.from_string(_BoundLoopsAndJoins().visit(environment.parse(template)))
+        compiled = environment.from_string(_BoundLoopsAndJoins().visit(environment.parse(template)))
     except jinja2.TemplateError as error:
         raise BaseUnusable(f"the chat template has an error: {error}") from error
+    # Jinja's ChainMap is copied at each rendering, which took a quarter of a short conversation's time.
+    compiled.globals = dict(compiled.globals)
+    return compiled
 
 
 def render_template(template: jinja2.Template, variables: Mapping[str, Any]) -> str:

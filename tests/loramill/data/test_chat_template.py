@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loramill.data.chat_template import dialect
-from loramill.data.encoding import _encode_answer, encode_example, training_problem
+from loramill.data.encoding import encode_example, training_problem
 from loramill.data.examples import Example
 from loramill.data.messages import Message
 from loramill.data.tokenizer import ChatTokenizer
@@ -150,8 +150,9 @@ def test_an_answer_is_trained_after_the_prompt_that_opens_its_reasoning(
 def test_a_tool_call_is_trained_after_a_prompt_that_opens_its_reasoning() -> None:
     template = QWEN25.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
     tokenizer, messages = tokenizer_of(template), CONVERSATIONS["tools"][:2]
-    prompt, answer = _encode_answer(tokenizer, messages, [TOOL])
-    assert prompt == tokenizer.encode_chat(messages[:1], [TOOL])
+    encoded = encode_example(tokenizer, Example(tuple(messages), None, "", 1, tools=(TOOL,)))
+    prompt, answer = encoded.tokens[: encoded.prompt_length], encoded.tokens[encoded.prompt_length :]
+    assert list(prompt) == tokenizer.encode_chat(messages[:1], [TOOL])
     call = '<tool_call>\n{"name": "weather", "arguments": {"town": "Tromsø"}}\n</tool_call>'
     assert tokenizer.decode(answer) == call
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from loramill.data.encoding import encode_example
+from loramill.data.encoding import encode_example, encode_for_training
 from loramill.data.examples import Example
 from loramill.data.messages import Message
+from loramill.data.text_codec import TextCodec
 from loramill.data.tokenizer import ChatTokenizer, IncrementalDecoder
 from loramill.errors import BaseUnusable, DatasetInvalid, InvalidRequest
 from loramill.models.catalog import Base
@@ -124,6 +126,36 @@ def test_only_the_template_opens_and_closes_roles(
     messages = [f"{role}\n{content}\n" for role, content in zip(roles, contents, strict=False)]
     first = f"system\n{DEFAULT if system is None else system}\n"
     assert tokenizer.decode(tokens) == "".join([first, *messages, "assistant\n"])
+
+
+@given(texts=st.lists(spelled | text, max_size=6))
+def test_texts_together_have_the_tokens_of_each_alone(tokenizer: ChatTokenizer, texts: list[str]) -> None:
+    texts = [*texts, *map(tokenizer.codec.escape, texts)]
+    assert tokenizer.codec.encode_batch(texts) == [tokenizer.codec.encode(each) for each in texts]
+
+
+@given(contents=st.lists(spelled | text, min_size=2, max_size=4))
+def test_examples_together_have_the_tokens_of_each_alone(tokenizer: ChatTokenizer, contents: list[str]) -> None:
+    whole = chat_example(*contents, contents[0])
+    pair = replace(whole, rejected=chat_example(*contents, contents[0] + " not"), line=2)
+    bad = replace(whole, weights=(0.0,) * len(whole.answers))
+    made = [whole, pair, bad, completion_example(contents[0], contents[1]), replace(whole, label=False)]
+    together = list(encode_for_training(tokenizer, made, "all"))
+    for each, found in zip(made, together, strict=True):
+        (alone,) = encode_for_training(tokenizer, [each], "all")
+        assert str(found) == str(alone) if isinstance(found, InvalidRequest) else found == alone
+    assert isinstance(together[2], DatasetInvalid)
+    assert together[0] == encode_example(tokenizer, whole)
+
+
+def test_a_file_that_sets_truncation_and_padding_changes_no_tokens(base: Base, tokenizer: ChatTokenizer) -> None:
+    altered = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    altered.enable_truncation(2)
+    altered.enable_padding()
+    codec = TextCodec(altered.to_str())
+    texts = ["one", "one two three four five"]
+    assert codec.encode_batch(texts) == [tokenizer.codec.encode(each) for each in texts]
+    assert codec.encode_plain(texts[1]) == tokenizer.codec.encode_plain(texts[1])
 
 
 @given(text=spelled | text)
