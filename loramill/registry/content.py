@@ -16,15 +16,16 @@ from loramill.types import ContentRecord, ContentSide
 _BATCH = 10_000
 
 
-def list_content(session: Session, name: AdapterName | str) -> list[ContentRecord]:
-    """Returns the examples of an adapter whose side was decided, by digest."""
+def list_content(session: Session, name: AdapterName | str, side: ContentSide | None = None) -> list[ContentRecord]:
+    """Returns the examples of an adapter whose side was decided, or those of one side, by digest."""
     columns = (AdapterContentRow.digest, AdapterContentRow.side, AdapterContentRow.sketch)
     used = AdapterContentRow.run.is_not(None) | AdapterContentRow.imported
     statement = select(*columns, used).where(AdapterContentRow.adapter == str(name))
+    if side is not None:
+        statement = statement.where(AdapterContentRow.side == side)
     return [
-        # Tens of thousands of rows that this module wrote are not validated again.
-        ContentRecord.model_construct(digest=digest, side=side, sketch=sketch, used=bool(was_used))
-        for digest, side, sketch, was_used in session.execute(statement.order_by(AdapterContentRow.digest))
+        ContentRecord(digest, found, sketch, bool(was_used))
+        for digest, found, sketch, was_used in session.execute(statement.order_by(AdapterContentRow.digest))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -60,7 +61,8 @@ class ContentSide(StrEnum):
     HELD_OUT = "held_out"
 
 
-class ContentRecord(FrozenModel):
+@dataclass(frozen=True, slots=True)
+class ContentRecord:  # an adapter may have tens of thousands, which the registry wrote: nothing is validated again
     """An example whose side was decided; `used` is false if its run's data was released for another run."""
 
     digest: str

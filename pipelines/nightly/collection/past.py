@@ -99,9 +99,9 @@ def record_past(session: Session, artifacts: ArtifactStore, name: AdapterName, p
         content.record(session, name, side, list(new.items()), dataset=dataset, run=None)
 
 
-def known_content(session: Session, name: AdapterName) -> Known:
-    """The examples of an adapter whose side was decided."""
-    found = content.list_content(session, name)
+def known_content(session: Session, name: AdapterName, side: ContentSide | None = None) -> Known:
+    """The examples of an adapter whose side was decided, or those of one side."""
+    found = content.list_content(session, name, side)
     return Known(
         [Fingerprint(each.digest, np.frombuffer(each.sketch, "<u4")) for each in found],
         [each.side for each in found],

@@ -37,16 +37,13 @@ class Trigrams:
         all: its sketch.
         specific: those that are not common.
         limit: the sketch lacks hashes above this one; None: it is complete.
+        minhash: of the specific trigrams, or of all if too few are specific: candidates are found by it.
     """
 
     all: Sketch
     specific: Sketch
     limit: int | None
-
-    @property
-    def hashed(self) -> Sketch:
-        """What candidates are found by."""
-        return self.specific if len(self.specific) >= LEAST_SPECIFIC else self.all
+    minhash: RMinHash
 
 
 def are_near(a: Trigrams, b: Trigrams, threshold: float) -> bool:
@@ -67,9 +64,11 @@ def describe(sketches: Sequence[Sketch], common: Sketch) -> list[Trigrams]:
     flat = np.concatenate(sketches)
     kept = ~np.isin(flat, common)
     ends = np.cumsum(lengths)[:-1]
+    specific = [each[keep] for each, keep in zip(sketches, np.split(kept, ends), strict=True)]
+    hashed = [part if len(part) >= LEAST_SPECIFIC else each for each, part in zip(sketches, specific, strict=True)]
     return [
-        Trigrams(each, each[keep], int(each[-1]) if len(each) == SKETCH_SIZE else None)
-        for each, keep in zip(sketches, np.split(kept, ends), strict=True)
+        Trigrams(each, part, int(each[-1]) if len(each) == SKETCH_SIZE else None, minhash)
+        for each, part, minhash in zip(sketches, specific, _minhashes(hashed), strict=True)
     ]
 
 
@@ -103,7 +102,7 @@ class SimilarityIndex:
     def add(self, examples: Sequence[Trigrams]) -> None:
         """Adds examples, numbered from 0 in the order of addition."""
         if examples:
-            self._lsh.insert_many(_minhashes(examples), len(self._added))
+            self._lsh.insert_many([each.minhash for each in examples], len(self._added))
             self._added += examples
 
     def near(self, example: Trigrams, skip: Callable[[int], bool] = lambda number: False) -> Iterator[int]:
@@ -114,17 +113,19 @@ class SimilarityIndex:
             skip: whether an added example is left out, called before its verification.
         """
         if self._added:
-            for number in sorted(self._lsh.query(_minhashes([example])[0])):
+            for number in sorted(self._lsh.query(example.minhash)):
                 if not skip(number) and are_near(example, self._added[number], self._threshold):
                     yield number
 
 
-def _minhashes(examples: Sequence[Trigrams]) -> list[RMinHash]:
+def _minhashes(sketches: Sequence[Sketch]) -> list[RMinHash]:
+    """The MinHashes of sketches, computed together."""
+
     def tokens(sketch: Sketch) -> list[bytes]:
         raw = sketch.tobytes()
         return [raw[i : i + 4] for i in range(0, len(raw), 4)]
 
-    found: list[RMinHash] = RMinHash.from_token_sets([tokens(each.hashed) for each in examples], _PERMUTATIONS, _SEED)
+    found: list[RMinHash] = RMinHash.from_token_sets([tokens(each) for each in sketches], _PERMUTATIONS, _SEED)
     return found
 
 

@@ -130,7 +130,7 @@ def _add(
     rows = select_answers(prompts.rows, own, prompts.count, definition.replay.min_score)
     with context.registry.writing() as session:
         context.check_lease(session)
-        rows = _not_held_out(known_content(session, name), rows, definition.split.near_duplicate)
+        rows = _not_held_out(known_content(session, name, ContentSide.HELD_OUT), rows, definition.split.near_duplicate)
         counts = {"prompts": len(prompts.rows), "unanswered": len(errors), "on_policy": len(rows)}
         replay = plan.get("replay", {}) | counts
         changed = {**plan, "spec": _extended(context, session, name, plan["spec"], rows), "replay": replay}

@@ -33,6 +33,8 @@ def test_content_is_recorded_per_adapter_and_released_by_run(registry):
         assert sides(session, OTHER) == {"a": (HELD, True)}, "what was imported from a champion's job stays used"
         content.record(session, NAME, HELD, [("a", b"5")], dataset="file-3", run=run)
         assert sides(session)["a"] == (HELD, True)
+        assert [each.digest for each in content.list_content(session, NAME, HELD)] == ["a", "c"]
+        assert [each.digest for each in content.list_content(session, NAME, TRAIN)] == ["b"]
 
 
 def test_deleting_a_dataset_leaves_only_digests(registry):
