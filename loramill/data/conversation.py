@@ -36,6 +36,7 @@ _KEYS = {
     "tool": ("content", "name", "tool_call_id"),
     "function": ("content", "name"),
 }
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
@@ -205,7 +206,7 @@ def read_text(value: Mapping[str, Any], key: str, field: str, *, empty: bool = F
         raise LineError(f"{field} is {short_repr(text)}; it must be a string.")
     if not empty and not text.strip():
         raise LineError(f"{field} is empty; write the text, or remove the example.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _LONE_SURROGATE.search(text):
         raise LineError(f"{field} contains a lone surrogate (\\ud800 to \\udfff), which is invalid Unicode; remove it.")
     return text
 

@@ -74,8 +74,8 @@ def extend_lease(session: Session, run: str, holder: str, *, now: float, seconds
         LeaseLost: another process has the run.
     """
     statement = update(NightlyRunRow).where(NightlyRunRow.id == run, NightlyRunRow.holder == holder)
-    found = session.execute(statement.values(lease_until=now + seconds).returning(NightlyRunRow.id))
-    if found.first() is None:
+    found = session.execute(statement.values(lease_until=now + seconds))
+    if not found.rowcount:  # type: ignore[attr-defined]  # results of these statements have it
         raise _lost(run, holder)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loramill.data.conversation import LineError, answer_text, read_conversation, to_request_messages
+from loramill.data.conversation import LineError, answer_text, read_conversation, read_text, to_request_messages
 from loramill.data.encoding import check_tokens, encode_example
 from loramill.data.examples import Example, read_examples
 from loramill.data.tokenizer import ChatTokenizer
@@ -279,3 +282,17 @@ def test_a_tool_call_has_a_text_form() -> None:
     found = example({**TOOLS, "messages": TOOLS["messages"][:2]})
     assert found.completion == '<tool_call>\n{"name": "parcel", "arguments": {"id": "7"}}\n</tool_call>'
     assert answer_text("Sure.", []) == "Sure." and answer_text("", []) == ""
+
+
+@given(text=st.text(st.characters(), min_size=1).filter(str.strip))
+@hypothesis.example("a\ud800")
+@hypothesis.example("\udfffa")
+@hypothesis.example("\ud7ff\ue000")
+def test_a_text_is_refused_if_utf_8_cannot_express_it(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with pytest.raises(LineError, match="lone surrogate"):
+            read_text({"content": text}, "content", "content")
+    else:
+        assert read_text({"content": text}, "content", "content") == text
