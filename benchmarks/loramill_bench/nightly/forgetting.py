@@ -138,11 +138,15 @@ def _rows(
 ) -> Iterator[Result]:
     for kind in REPLAY:
         target = MAX_LOSS if kind == "on-policy" else None
-        yield Result(f"{name}: {kind} replay, exact match of the first slice after its run", before[kind], "")
-        yield Result(f"{name}: {kind} replay, loss of the first slice", before[kind] - after[kind], "", target)
+        yield Result(
+            f"{name}: {kind} replay, exact match of the first slice after its run", before[kind], "of questions"
+        )
+        yield Result(
+            f"{name}: {kind} replay, loss of the first slice", before[kind] - after[kind], "of questions", target
+        )
         below = newest[ALONE] - newest[kind]
-        yield Result(f"{name}: {kind} replay, newest slice below a model of it alone", below, "", target)
-    yield Result(f"{name}: exact match of the newest slice by a model of it alone", newest[ALONE], "")
+        yield Result(f"{name}: {kind} replay, newest slice below a model of it alone", below, "of questions", target)
+    yield Result(f"{name}: exact match of the newest slice by a model of it alone", newest[ALONE], "of questions")
 
 
 def _name(kind: str, tenant: str) -> AdapterName:

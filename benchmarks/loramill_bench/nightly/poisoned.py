@@ -90,7 +90,9 @@ def results(base: Base, folder: Path, report: Callable[[str], object]) -> list[R
         "third run, promoted of the clean adapters": (_share(third, clean, promoted), 1.0),
         "third run, poisoned adapters that kept their champions": (_share(third, poisoned, _KEPT), 1.0),
     }
-    rows = [Result(f"{name}: {case}", share, "of 1", target, "higher") for case, (share, target) in shares.items()]
+    rows = [
+        Result(f"{name}: {case}", share, "of adapters", target, "higher") for case, (share, target) in shares.items()
+    ]
     return [*rows, Result(f"{name}: three runs", time.process_time() - began, "CPU-s")]
 
 
