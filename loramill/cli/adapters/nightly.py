@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from loramill.types import NightlyRun, NightlyStep
 
 
-#: For commands about a run when there is none.
-NO_RUN = "There has been no nightly run yet: `loramill nightly run` starts one."
+#: For commands about the newest run with work to do when there is none; `history` may list runs that had none.
+NO_RUN = "No nightly run has had new data yet; `loramill data add` adds some, and `loramill nightly run` starts a run."
 
 
 def run(

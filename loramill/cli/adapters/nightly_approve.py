@@ -44,14 +44,15 @@ def approve(
     They take over as nightly.yaml specified during the run: at once, or after a canary or shadow. Exits with 1 if one
     could not be decided; the others are decided nevertheless.
     """
+    from loramill.registry.nightly import get_run
     from loramill.registry.nightly_approvals import list_waiting
 
     if every == bool(adapters):
-        raise typer.BadParameter("name adapters, such as acme/support, or give --all.")
+        raise typer.BadParameter("name adapters, such as acme/support, or give --all, and not both.")
     _, registry = open_registry()
     if every:
         with registry.reading() as session:
-            adapters = [each.adapter for each in list_waiting(session, run=run)]
+            adapters = [each.adapter for each in list_waiting(session, run=get_run(session, run).id)]
     decided, failed = [], False
     for name in adapters or ():
         try:

@@ -84,7 +84,7 @@ def test_a_file_is_checked_without_a_database(monkeypatch: pytest.MonkeyPatch, t
         (["validate", "nothing.yaml"], "does not exist"),
         (["show", "nightly-0"], "There is no nightly run 'nightly-0'"),
         (["report", "nightly-0"], "There is no nightly run 'nightly-0'"),
-        (["report"], "There has been no nightly run yet"),
+        (["report"], "No nightly run has had new data yet"),
         (["retry", "nightly-0", "--from", "gate"], "There is no nightly run 'nightly-0'"),
         (["retry", "acme/a"], "'acme/a' has no data that is set aside"),
         (["retry", "noslash"], "is not an adapter name"),
@@ -94,6 +94,13 @@ def test_a_file_is_checked_without_a_database(monkeypatch: pytest.MonkeyPatch, t
 def test_names_that_do_not_exist(registry: Registry, arguments: list[str], message: str) -> None:
     ran = loramill("nightly", *arguments)
     assert ran.exit_code == 1 and message in ran.stderr
+
+
+def test_a_run_that_had_nothing_to_do_is_not_denied(registry: Registry) -> None:
+    with registry.writing() as session:
+        nightly.finish_run(session, nightly.open_run(session).id)
+    assert len(json_output("nightly", "history")) == 1
+    assert "No nightly run has had new data yet" in ok("nightly", "show").stderr
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_all_are_those_of_the_run(registry: Registry, pending: Approval) -> None
     assert f"Nothing of {other.run} waits" in ok("nightly", "approve", other.run, "--all").stderr
 
 
+def test_a_run_that_does_not_exist_is_an_error(registry: Registry, pending: Approval) -> None:
+    for arguments in (["--all"], ["--all", "--json"]):
+        ran = loramill("nightly", "approve", f"{pending.run}0", *arguments)
+        assert ran.exit_code == 1 and "There is no nightly run" in ran.stderr
+    assert champion(registry, "acme/a") == FIRST
+
+
 def test_adapters_or_all_are_given(registry: Registry) -> None:
     for arguments in ([], ["acme/a", "--all"]):
         ran = loramill("nightly", "approve", "nightly-0", *arguments)
