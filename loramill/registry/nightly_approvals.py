@@ -79,10 +79,17 @@ def reject(session: Session, run: str, name: AdapterName | str, *, by: str, note
 
     Raises:
         NotFound: the adapter or the question does not exist.
-        Conflict: the question is answered already.
+        Conflict: the question is answered already, or a person has promoted the version meanwhile.
     """
     waiting = _waiting(session, run, name)
-    if adapters.get(session, name).challenger == waiting.version:
+    adapter = adapters.get(session, name)
+    if adapter.champion == waiting.version:
+        raise Conflict(
+            f"{_short(waiting.version)} is the champion of {name} already. `loramill nightly approve {run} {name}` "
+            f"keeps it; to reject it, run `loramill rollback {name}` first.",
+            param="run",
+        )
+    if adapter.challenger == waiting.version:
         adapters.move(session, name, Alias.CHALLENGER, None, f"nightly run {run}: rejected by {by}")
     return _record(session, waiting, ApprovalState.REJECTED, by=by, note=note)
 

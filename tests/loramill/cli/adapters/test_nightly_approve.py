@@ -84,6 +84,21 @@ def test_a_rejection_keeps_the_champion(registry: Registry, pending: Approval) -
     assert champion(registry, "acme/a") == FIRST
 
 
+def test_one_that_was_promoted_by_hand_cannot_be_rejected_until_it_is_rolled_back(
+    registry: Registry, pending: Approval
+) -> None:
+    with registry.writing() as session:
+        adapters.promote(session, "acme/a", SECOND, "by hand")
+    rejecting = ("nightly", "approve", pending.run, "acme/a", "--reject")
+    ran = loramill(*rejecting)
+    assert ran.exit_code == 1 and "is the champion of acme/a already" in " ".join(ran.stderr.split())
+    assert champion(registry, "acme/a") == SECOND and "1 awaiting approval" in ok("nightly", "history").stdout
+    with registry.writing() as session:
+        adapters.rollback(session, "acme/a", "by hand")
+    ok(*rejecting)
+    assert champion(registry, "acme/a") == FIRST and "1 rejected" in ok("nightly", "history").stdout
+
+
 def test_one_that_cannot_be_approved_stops_no_other(registry: Registry, pending: Approval) -> None:
     ran = loramill("nightly", "approve", pending.run, "acme/none", "acme/a")
     assert ran.exit_code == 1 and "There is no adapter 'acme/none'" in ran.stderr
