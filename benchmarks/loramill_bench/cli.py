@@ -176,7 +176,8 @@ def nightly(
             metavar="FOLDER",
             exists=True,
             file_okay=False,
-            help="Folder that contains one folder of data per tenant. Without it, forgetting is not measured.",
+            help="Folder that contains one folder of data per tenant. Without it, neither forgetting nor poisoned data "
+            "is measured.",
         ),
     ] = None,
     tenant: Annotated[
@@ -199,16 +200,16 @@ def nightly(
     check: Check = False,
     record: Record = False,
 ) -> None:
-    """Measure the nightly run: overhead, evaluation, gate, and forgetting (a quarter of an hour without the last).
+    """Measure the nightly run: overhead, evaluation and gate (a quarter of an hour), forgetting, and poisoned data.
 
     The gate is measured on simulated runs, whose scores are resampled from measured ones. Forgetting takes an hour of
-    CPU time per tenant with all of its examples.
+    CPU time per tenant with all of its examples, and the three runs with poisoned data three quarters of an hour.
     """
     from loramill_bench.nightly.forgetting import TENANTS
     from loramill_bench.nightly.run import BASELINES, run
 
     if tenants is None:
-        _print_note("Forgetting is not measured without --tenants.")
+        _print_note("Forgetting and poisoned data are not measured without --tenants.")
     _run_benchmark(
         lambda: run(_built_in_base(), only, _report, tenants=tenants, names=tenant or TENANTS, examples=examples),
         json,
