@@ -18,31 +18,32 @@ def held_out_count(examples: int, share: float = HELD_OUT_FRACTION) -> int:
     return max(1, round(examples * share))
 
 
-def required_examples(*, validation: bool, replay: int, minimum: int) -> int:
+def required_examples(*, validation: bool, replay: int, minimum: int, share: float = HELD_OUT_FRACTION) -> int:
     """The fewest new examples that a nightly run trains on.
 
     Args:
         validation: whether they have a validation file, so that none is held out.
         replay: number of old examples that are trained again with them.
         minimum: the fewest examples to train on, old and new together.
+        share: fraction of the new examples that is held out without a validation file.
     """
     to_train = max(1, minimum - replay)
     examples = to_train
-    while not validation and examples - held_out_count(examples) < to_train:
+    while not validation and examples - held_out_count(examples, share) < to_train:
         examples += 1
     return examples
 
 
-def outlook(examples: int, validation: int, *, replay: int, minimum: int) -> str:
+def outlook(examples: int, validation: int, *, replay: int, minimum: int, share: float = HELD_OUT_FRACTION) -> str:
     """What the next nightly run does with new examples, or how many are missing, in one or two sentences."""
-    needed = required_examples(validation=bool(validation), replay=replay, minimum=minimum)
+    needed = required_examples(validation=bool(validation), replay=replay, minimum=minimum, share=share)
     if examples < needed:
-        held = "" if validation else f" ({held_out_count(needed)} of them held out to evaluate the new version)"
+        held = "" if validation else f" ({held_out_count(needed, share)} of them held out to evaluate the new version)"
         return (
             f"{counted(examples, 'new example')} so far, and a nightly run needs at least {needed}{held}: "
             f"add {needed - examples} more with `loramill data add`. The data waits until then."
         )
-    held_out = validation or held_out_count(examples)
+    held_out = validation or held_out_count(examples, share)
     trained = examples if validation else examples - held_out
     old_examples = f" and {counted(replay, 'older one')}" if replay else ""
     evaluation = (

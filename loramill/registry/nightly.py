@@ -94,11 +94,20 @@ def pending_data(session: Session) -> list[NewData]:
     return [_bundle(list(group)) for _, group in groupby(rows, key=attrgetter("adapter"))]
 
 
-def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> NewDataState:
+def new_data_state(
+    session: Session,
+    name: AdapterName | str,
+    minimum: int,
+    *,
+    replay: int = new_data.REPLAY_EXAMPLES,
+    held_out: float = new_data.HELD_OUT_FRACTION,
+) -> NewDataState:
     """Returns the state of an adapter's new data that no nightly run has collected yet.
 
     Args:
         minimum: minimum number of examples for training, old and new together.
+        replay: maximum number of old examples that a run trains on again.
+        held_out: fraction of the new examples that a run holds out if they have no validation file.
 
     Raises:
         NotFound: the adapter does not exist.
@@ -108,15 +117,16 @@ def new_data_state(session: Session, name: AdapterName | str, minimum: int) -> N
     rows = session.scalars(statement).all()
     old = _champions_file(session, name) or ""
     sizes = datasets.example_counts(session, [old, *(file for row in rows for file in (row.train, row.valid) if file)])
-    replay = min(new_data.REPLAY_EXAMPLES, sizes.get(old, 0))
+    replayed = min(replay, sizes.get(old, 0))
     examples = sum(sizes.get(row.train, 0) for row in rows)
     validation = sum(sizes.get(row.valid, 0) for row in rows if row.valid)
     return NewDataState(
         adapter=str(name),
         examples=examples,
         validation_examples=validation,
-        enough=examples >= new_data.required_examples(validation=bool(validation), replay=replay, minimum=minimum),
-        outlook=new_data.outlook(examples, validation, replay=replay, minimum=minimum),
+        enough=examples
+        >= new_data.required_examples(validation=bool(validation), replay=replayed, minimum=minimum, share=held_out),
+        outlook=new_data.outlook(examples, validation, replay=replayed, minimum=minimum, share=held_out),
     )
 
 

@@ -80,7 +80,11 @@ def plan(json: JsonFlag = False) -> None:
     settings, registry = open_registry()
     definition = load_definition(settings)
     with registry.reading() as session:
-        states = [new_data_state(session, each.adapter, settings.jobs.min_examples) for each in pending_data(session)]
+        states = []
+        for data in pending_data(session):
+            rules, minimum = definition.for_adapter(data.adapter), settings.jobs.min_examples
+            replay, held_out = rules.replay.plain_examples, rules.split.held_out
+            states.append(new_data_state(session, data.adapter, minimum, replay=replay, held_out=held_out))
     coming = coming_times(definition.schedule, time.time(), 1)
     if json:
         listed = [each.model_dump() | {"included": definition.includes(each.adapter)} for each in states]

@@ -231,8 +231,9 @@ def _too_few(
     new = [each for each in decided if each.fate in (Fate.TRAIN, Fate.HELD_OUT) and each.pair is None]
     validation = sum(each.validation for each in new)
     examples, minimum = len(new) - validation, rules.minimum
-    if examples < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum):
-        return outlook(examples, validation, replay=len(replay), minimum=minimum)
+    share = rules.split.held_out
+    if examples < required_examples(validation=bool(validation), replay=len(replay), minimum=minimum, share=share):
+        return outlook(examples, validation, replay=len(replay), minimum=minimum, share=share)
     trained = sum(each.fate is Fate.TRAIN for each in new)
     if trained + len(replay) < minimum:
         few = f"{counted(examples, 'new example')}, {trained} of them to train on; at least {minimum - len(replay)} are"

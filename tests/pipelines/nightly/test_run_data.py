@@ -36,6 +36,9 @@ def test_little_data_waits_until_there_is_enough(cluster: Cluster, valid: int, e
     else:
         assert first.verdict is Verdict.HELD and "at least 5 held-out examples are needed" in first.reason
     cluster.feed("acme/a", rows(2, "late"))  # with old data, two are enough: one to train on, one to evaluate on
+    if valid:
+        with cluster.registry.reading() as session:
+            assert " and 3 older ones" in nightly.new_data_state(session, "acme/a", 4, replay=3).outlook
     assert only(cluster.run()).verdict in (Verdict.PROMOTED, Verdict.HELD)
 
 

@@ -134,6 +134,12 @@ def test_commands_show_an_adapter_that_was_renamed_and_one_that_was_deleted(regi
     assert json_output("nightly", "history")[0]["id"] == run
 
 
+def test_the_plan_has_the_numbers_of_the_definition(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "nightly.yaml").write_text("overrides:\n- adapters: acme/a\n  split: {held_out: 0.5}\n")
+    feed(registry, *(b'{"prompt": "%d", "completion": "b"}' % number for number in range(20)))
+    assert "trains on 10 new examples" in " ".join(ok("nightly", "plan").stdout.split())
+
+
 def test_a_report_that_cannot_be_written_is_an_error(registry: Registry, tmp_path: Path) -> None:
     with registry.writing() as session:
         nightly.finish_run(session, run := nightly.open_run(session).id)
