@@ -62,7 +62,7 @@ def approve(
             print_message(error.message, style="red")
         else:
             if not json:
-                print_message(_outcome(decided[-1], reject=reject))
+                print_message(_outcome(decided[-1], _champion(registry, name), reject=reject))
     if json:
         print_json(decided)
     elif not adapters:
@@ -103,11 +103,18 @@ def decide(registry: Registry, run: str, name: str, *, reject: bool, note: str) 
     return decided
 
 
-def _outcome(decided: Approval, *, reject: bool) -> str:
+def _champion(registry: Registry, name: str) -> str | None:
+    from loramill.registry import adapters
+
+    with registry.reading() as session:
+        return adapters.get(session, name).champion
+
+
+def _outcome(decided: Approval, champion: str | None, *, reject: bool) -> str:
     version, name, how = short_version(decided.version), decided.adapter, decided.introduction
     if reject:
         return f"{name}: {version} is rejected; its champion stays."
-    if not how.share:
+    if champion == decided.version:
         return f"{name} now answers with {version}."
     copies = "copies of " if how.shadow else ""
     return f"{name}: {version} answers {copies}{how.share:.0%} of the requests, and is promoted unless it is worse."

@@ -78,6 +78,13 @@ def test_a_canary_is_announced(registry: Registry) -> None:
     assert champion(registry, "acme/a") == FIRST
 
 
+def test_no_canary_is_announced_for_one_that_was_promoted_by_hand(registry: Registry) -> None:
+    pending = asking(registry, "acme/a", share=0.2)
+    with registry.writing() as session:
+        adapters.promote(session, "acme/a", SECOND, "by hand")
+    assert "acme/a now answers with 222222222222." in ok("nightly", "approve", pending.run, "acme/a").stderr
+
+
 def test_a_rejection_keeps_the_champion(registry: Registry, pending: Approval) -> None:
     ran = json_output("nightly", "approve", pending.run, "acme/a", "--reject", "--reason", "too curt")
     assert (ran[0]["state"], ran[0]["note"]) == ("rejected", "too curt")
