@@ -221,7 +221,7 @@ _REASONS: Mapping[Fault, str] = {
     "unreachable": "The endpoint of the store {where} cannot be reached: start it, or correct the endpoint (for S3 the "
     "variable AWS_ENDPOINT_URL) and the region.",
     "bucket": "The store {where} cannot be used: its bucket does not exist, or is in another "
-    "region. Create it, or correct artifacts_url.",
+    "region. Create it, or correct the URL.",
     "credentials": "The store {where} does not accept the credentials: set the right ones (for S3 the variables "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the machine's role).",
     "permission": "These credentials have no permission to {act} {where}: grant it for this prefix, and the others "

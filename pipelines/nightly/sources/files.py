@@ -21,7 +21,7 @@ from loramill.data.ingest import Columns, read_source
 from loramill.errors import DatasetInvalid, LoramillError, SetupError
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.definition import NightlyDefinition, SourceDefinition
-from loramill.pipelines.nightly.sources.pattern import fixed_folder, glob_of, names_in, owners
+from loramill.pipelines.nightly.sources.pattern import bucket_of, fixed_folder, glob_of, names_in, owners
 from loramill.pipelines.nightly.sources.policy import FileAction, decide
 from loramill.registry import Registry, adapters, datasets, nightly, sources
 from loramill.settings import ServeSettings
@@ -120,13 +120,18 @@ def find_files(source: SourceDefinition) -> Iterator[FoundFile]:
 
     Raises:
         SetupError: no installed backend can open the URL, or it is in a folder of this machine that does not exist.
+        OSError: the bucket does not exist, in the words of the backend.
     """
     files, pattern = open_filesystem(source.url)
     files.invalidate_cache()
     # Object stores have no folders. A folder that is not mounted would look like one without new files for weeks.
-    if isinstance(files, LocalFileSystem) and not (folder := fixed_folder(pattern)).is_dir():
+    local = isinstance(files, LocalFileSystem)
+    if local and not (folder := fixed_folder(pattern)).is_dir():
         raise SetupError(f"There is no folder {folder}: create or mount it, or correct the URL in nightly.yaml.")
-    for path, found in sorted(files.glob(glob_of(pattern), detail=True).items()):
+    matching = files.glob(glob_of(pattern), detail=True)
+    if not matching and not local and (bucket := bucket_of(pattern)):
+        files.ls(bucket)  # raises if the bucket does not exist, for which a glob only finds nothing
+    for path, found in sorted(matching.items()):
         info = _linked(path) if found.get("islink") else found
         names = names_in(pattern, path)
         if info.get("type") != "file" or names is None:

@@ -25,8 +25,16 @@ def glob_of(url: str) -> str:
 
 def fixed_folder(pattern: str) -> Path:
     """The folder of a pattern's files, up to the first part that has a placeholder or a wildcard."""
-    parts = PurePosixPath(pattern).parts[:-1]
-    return Path(*takewhile(lambda part: not set("{*?[") & set(part), parts))
+    return Path(*_fixed_parts(pattern))
+
+
+def bucket_of(pattern: str) -> str:
+    """The bucket of a pattern of an object store; empty if a placeholder or a wildcard stands in its place."""
+    return next((part for part in _fixed_parts(pattern) if part != "/"), "")
+
+
+def _fixed_parts(pattern: str) -> Iterable[str]:
+    return takewhile(lambda part: not set("*{?[") & set(part), PurePosixPath(pattern).parts[:-1])
 
 
 def names_in(pattern: str, path: str) -> Mapping[str, str] | None:

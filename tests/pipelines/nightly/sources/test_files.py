@@ -242,6 +242,7 @@ def test_files_of_other_stores_are_found(registry: Registry, monkeypatch: pytest
     later = time.time() + 60
     assert scan_sources(registry, found, now=later).added == 1
     assert scan_sources(registry, found, now=later) == SourceScan()
+    assert "/days" in only_problem(scan_sources(registry, definition("memory://days/{tenant}/{adapter}/*"), now=later))
     monkeypatch.setitem(sys.modules, "s3fs", None)
     scan = scan_sources(registry, definition("s3://user:secret@bucket/{tenant}/{adapter}/*"), now=later)
     assert "s3fs" in only_problem(scan) and "secret" not in scan.model_dump_json()
