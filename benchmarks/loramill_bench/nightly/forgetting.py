@@ -2,7 +2,9 @@
 
 Every tenant has an adapter per kind of replay, which all runs retrain together: real training, real answers, and the
 pipeline's own collection, replay and promotion. The gate promotes every version that is not worse than the base: the
-measurement is of training, not of the gate. A further adapter is trained on the newest slice alone.
+measurement is of training, not of the gate. In the last run two adapters are trained for comparison: one on the newest
+slice alone, and one on all slices together. The latter forgets nothing, but chooses among all labels, which is harder
+than choosing among those of the first slice: what it loses, no replay can keep.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ REPLAY: Mapping[str, Mapping[str, object]] = {
     "plain": {"on_policy": 0.0},
     "on-policy": {},
 }
-ALONE = "alone"
+#: Adapters of the last run: on the newest slice, and on all slices.
+ALONE, TOGETHER = "alone", "together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,16 @@ def results(
         pool = LocalPool(base, registry, settings)
         for number in range(RUNS):
             report(f"forgetting, run {number + 1} of {RUNS}")
-            kinds = (*REPLAY, ALONE) if number == RUNS - 1 else tuple(REPLAY)
             for name, parts in slices.items():
-                for kind in kinds:
-                    add_data(registry, _name(kind, name), parts[number].train)
+                rows: dict[str, Sequence[bytes]] = dict.fromkeys(REPLAY, parts[number].train)
+                if number == RUNS - 1:
+                    rows |= {ALONE: parts[number].train, TOGETHER: [row for each in parts for row in each.train]}
+                for kind, own in rows.items():
+                    add_data(registry, _name(kind, name), own)
             run_nightly(registry, settings, gateway=pool, definition=definition())
             if number == 0:
                 before = {kind: _exact_match(base, registry, pool, kind, slices, 0) for kind in REPLAY}
-        after = {kind: _exact_match(base, registry, pool, kind, slices, 0) for kind in REPLAY}
+        after = {kind: _exact_match(base, registry, pool, kind, slices, 0) for kind in (*REPLAY, TOGETHER)}
         newest = {kind: _exact_match(base, registry, pool, kind, slices, RUNS - 1) for kind in (*REPLAY, ALONE)}
     return list(_rows(f"forgetting, {len(names)} tenants", before, after, newest))
 
@@ -147,6 +152,9 @@ def _rows(
         below = newest[ALONE] - newest[kind]
         yield Result(f"{name}: {kind} replay, newest slice below a model of it alone", below, "of questions", target)
     yield Result(f"{name}: exact match of the newest slice by a model of it alone", newest[ALONE], "of questions")
+    yield Result(
+        f"{name}: exact match of the first slice by a model of all slices together", after[TOGETHER], "of questions"
+    )
 
 
 def _name(kind: str, tenant: str) -> AdapterName:

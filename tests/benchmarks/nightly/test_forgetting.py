@@ -80,4 +80,4 @@ def test_all_runs_are_measured(
         "forgetting, 1 tenants: on-policy replay, loss of the first slice": 0.03,
         "forgetting, 1 tenants: on-policy replay, newest slice below a model of it alone": 0.03,
     }
-    assert len(found) == 3 * 3 + 1 and all(0 <= abs(each.value) <= 1 for each in found)
+    assert len(found) == 3 * 3 + 2 and all(0 <= abs(each.value) <= 1 for each in found)
