@@ -13,7 +13,8 @@ While it works, a run also decides about open rollouts, as `loramill up` does al
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from loramill.errors import SetupError, Unavailable
 from loramill.models.catalog import find_base
@@ -34,12 +35,16 @@ from loramill.registry import Registry, nightly, sources
 from loramill.settings import Settings
 from loramill.types import NightlyRun, NightlyStep, StepStatus
 
+#: Publishes a run that is about to end, and the failed steps of adapters that were deleted during it.
+Publish = Callable[[NightlyRun, Sequence[NightlyStep]], object]
+
 
 def run_nightly(
     registry: Registry,
     settings: Settings,
     *,
     report: Report = lambda step: None,
+    publish: Publish = lambda run, deleted: None,
     progress: OnProgress = lambda progress: None,
     gateway: EvalGateway | None = None,
     definition: NightlyDefinition | None = None,
@@ -48,6 +53,8 @@ def run_nightly(
 
     Args:
         report: called with each step that ends, and at the end for each adapter that was deleted during the run.
+        publish: called before the run ends, so that a run that is killed during the call is published once more when it
+            is resumed.
         progress: called while jobs train and questions are answered.
         gateway: default: the one that the settings name.
         definition: default: that of nightly.yaml.
@@ -63,12 +70,18 @@ def run_nightly(
     definition = definition or load_definition(settings)
     gateway = gateway or HttpGateway(settings)
     with leased_run(registry) as run, deciding(registry):
-        return _run_stages(
-            NightlyContext(run, registry, settings, base, report, gateway, progress, definition, run.holder)
-        )
+        context = NightlyContext(run, registry, settings, base, report, gateway, progress, definition, run.holder)
+        deleted = _run_stages(context)
+        if context.in_progress("evaluate"):  # the next run requests the missing answers again
+            return run
+        publish(run.model_copy(update={"finished_at": time.time()}), deleted)
+        with registry.writing() as session:
+            context.check_lease(session)
+            return nightly.finish_run(session, run.id)
 
 
-def _run_stages(context: NightlyContext) -> NightlyRun:
+def _run_stages(context: NightlyContext) -> list[NightlyStep]:
+    """Runs all stages; returns the failed steps of adapters that were deleted during the run."""
     registry, run = context.registry, context.run
     if run.sources is None:
         _scan(context)
@@ -84,13 +97,10 @@ def _run_stages(context: NightlyContext) -> NightlyRun:
     except (Unavailable, SetupError) as error:
         context.interrupt(error)
         raise
-    for step in deleted_adapters(context, seen):
+    deleted = deleted_adapters(context, seen)
+    for step in deleted:
         context.report(step)
-    if context.in_progress("evaluate"):  # the next run requests the missing answers again
-        return run
-    with registry.writing() as session:
-        context.check_lease(session)
-        return nightly.finish_run(session, run.id)
+    return deleted
 
 
 def _scan(context: NightlyContext) -> None:

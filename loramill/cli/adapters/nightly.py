@@ -32,6 +32,7 @@ from loramill.names import AdapterName
 from loramill.plural import counted
 
 if TYPE_CHECKING:
+    from loramill.pipelines.nightly.report.publish import PublishedReport
     from loramill.registry import Registry
     from loramill.types import NightlyRun, NightlyStep
 
@@ -63,7 +64,13 @@ def run(
 
     settings, registry = open_registry()
     reported: list[NightlyStep] = []
+    published: list[PublishedReport] = []
     stopped: LoramillError | None = None
+
+    def publish(run: NightlyRun, deleted: Sequence[NightlyStep]) -> None:
+        reason = None if stopped is None else stopped.message
+        published.append(publish_run(registry, settings, run, deleted=deleted, interrupted=reason, file=report_file))
+
     with _progress(quiet=json) as (on_step, on_progress):
 
         def on_end(step: NightlyStep) -> None:
@@ -71,7 +78,7 @@ def run(
             on_step(step)
 
         try:
-            nightly_run = run_nightly(registry, settings, report=on_end, progress=on_progress)
+            nightly_run = run_nightly(registry, settings, report=on_end, publish=publish, progress=on_progress)
         except NightlyBusy as error:
             print_message(error.message, style="yellow")
             raise typer.Exit(0) from error
@@ -81,13 +88,14 @@ def run(
                 raise
             stopped, nightly_run = error, unfinished
     deleted = [step for step in reported if step.result.get("deleted")]
-    if not isinstance(stopped, LeaseLost):  # the process that has taken the run over reports it
-        reason = None if stopped is None else stopped.message
-        published = publish_run(registry, settings, nightly_run, deleted=deleted, interrupted=reason, file=report_file)
-        for problem in published.problems:
+    # A run that has lost its lease is reported by the process that has taken it over.
+    if nightly_run.finished_at is None and not isinstance(stopped, LeaseLost):
+        publish(nightly_run, deleted)
+    for each in published:
+        for problem in each.problems:
             print_message(problem, style="yellow")
-        if published.page is not None and not json:
-            print_message(f"Report: {published.page}")
+        if each.page is not None and not json:
+            print_message(f"Report: {each.page}")
     found = _print_run(registry, nightly_run, json, deleted)
     if stopped is not None and not json:
         print_message(stopped.message, style="red")

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 from loramill import logs
 from loramill.errors import LoramillError, NightlyBusy
@@ -19,7 +20,7 @@ from loramill.pipelines.nightly.report.publish import publish_run
 from loramill.pipelines.nightly.run import run_nightly
 from loramill.registry import Registry, nightly
 from loramill.settings import Settings
-from loramill.types import NightlyStep
+from loramill.types import NightlyRun, NightlyStep
 
 #: Exit status of a run in which an adapter failed, and of one that was interrupted.
 FAILED, INTERRUPTED = 1, 3
@@ -38,15 +39,15 @@ def main() -> None:
 def work(settings: Settings, definition: NightlyDefinition) -> int:
     """Works on the open run; returns the exit status."""
     registry = Registry.open(settings.database, settings.artifacts)
-    deleted: list[NightlyStep] = []
 
-    def on_end(step: NightlyStep) -> None:
+    def log_step(step: NightlyStep) -> None:
         log.info("%s", describe(step))
-        if step.result.get("deleted"):
-            deleted.append(step)
+
+    def publish(run: NightlyRun, deleted: Sequence[NightlyStep]) -> None:
+        publish_run(registry, settings, run, deleted=deleted, definition=definition)
 
     try:
-        run = run_nightly(registry, settings, definition=definition, report=on_end)
+        run = run_nightly(registry, settings, definition=definition, report=log_step, publish=publish)
     except NightlyBusy as error:
         log.info("%s", error.message)
         return 0
@@ -56,8 +57,6 @@ def work(settings: Settings, definition: NightlyDefinition) -> int:
     with registry.reading() as session:
         found = outcomes(nightly.list_steps(session, run.id))
     log.info("%s", summary(found))
-    if run.finished_at is not None:  # one that is resumed is reported at its end
-        publish_run(registry, settings, run, deleted=deleted, definition=definition)
     return 0 if succeeded(found) else FAILED
 
 

@@ -42,11 +42,12 @@ class Simulation:
         self.registry = Registry.open(f"sqlite:///{folder / 'loramill.db'}", (folder / "artifacts").as_uri())
         self.trained: list[str] = []
         self.check: Callable[[], None] = self.train_queued
+        self.publish: run.Publish = lambda run, deleted: None
         self._models: dict[str, Counts] = {}
 
     def run(self) -> dict[str, Outcome]:
         """A nightly run; the outcomes by adapter."""
-        found = run.run_nightly(self.registry, self.settings, gateway=self)  # type: ignore[arg-type]
+        found = run.run_nightly(self.registry, self.settings, gateway=self, publish=self.publish)  # type: ignore[arg-type]
         with self.registry.reading() as session:
             return {each.adapter: each for each in outcomes(nightly.list_steps(session, found.id))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from loramill.models.catalog import Base
 from loramill.pipelines.nightly import run
 from loramill.pipelines.nightly.outcome import Verdict
 from loramill.registry import nightly, nightly_again
-from loramill.types import StepStatus
+from loramill.types import NightlyRun, NightlyStep, StepStatus
 
 from .simulation import TWELVE, Simulation, labeled, simulate
 
@@ -44,6 +45,23 @@ def stopped_before(simulation: Simulation, stage: str, patch: pytest.MonkeyPatch
 def record(simulation: Simulation, nightly_run: str, step: str, result: dict[str, object]) -> None:
     with simulation.registry.writing() as session:
         nightly.record_step(session, nightly_run, ADAPTER, step, StepStatus.DONE, result)
+
+
+def test_a_run_that_is_killed_while_it_is_published_is_published_again(simulation: Simulation) -> None:
+    published: list[NightlyRun] = []
+
+    def publish(run: NightlyRun, deleted: Sequence[NightlyStep]) -> None:
+        published.append(run)
+        if len(published) == 1:
+            raise KeyboardInterrupt
+
+    simulation.publish = publish
+    with pytest.raises(KeyboardInterrupt):
+        simulation.run()
+    with simulation.registry.reading() as session:
+        assert nightly.list_runs(session)[0].finished_at is None, "it is resumed"
+    assert simulation.run()[ADAPTER].verdict is Verdict.PROMOTED and simulation.trained == [ADAPTER]
+    assert published[0].id == published[1].id and all(each.finished_at for each in published)
 
 
 @pytest.mark.parametrize("decided", [False, True])

@@ -97,7 +97,7 @@ def test_a_failed_nightly_run_is_reported_and_exits_with_1(
 ) -> None:
     name = AdapterName(tenant, "a")
 
-    def failing(registry: Any, settings: Settings, *, report: Any, progress: Any) -> Any:
+    def failing(registry: Any, settings: Settings, *, report: Any, publish: Any, progress: Any) -> Any:
         with registry.writing() as session:
             adapters.get_or_create(session, name)
             run = nightly.open_run(session)
@@ -124,13 +124,15 @@ def test_a_nightly_run_writes_its_report_and_another_command_writes_it_again(
     name = AdapterName(tenant, "a")
     runs: list[str] = []
 
-    def holding(registry: Any, settings: Settings, *, report: Any, progress: Any) -> Any:
+    def holding(registry: Any, settings: Settings, *, report: Any, publish: Any, progress: Any) -> Any:
         with registry.writing() as session:
             adapters.get_or_create(session, name)
             run = nightly.open_run(session)
             runs.append(run.id)
             decision = {"promote": False, "reason": "it loses 0.100"}
             report(nightly.record_step(session, run.id, name, "gate", StepStatus.DONE, decision))
+        publish(run, [])
+        with registry.writing() as session:
             return nightly.finish_run(session, run.id)
 
     monkeypatch.setattr("loramill.pipelines.nightly.run.run_nightly", holding)
