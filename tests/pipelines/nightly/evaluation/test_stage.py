@@ -151,7 +151,7 @@ def test_evaluation_stops_once_the_decision_is_certain(cluster: Cluster) -> None
     questions = answer_by(cluster, lambda model, text: "@" in model)
     first = only(cluster.run())
     assert first.verdict is Verdict.PROMOTED and held_out(questions) == 2 * 80
-    assert "even if it lost the 40 of 120 examples left" in first.reason
+    assert "even with the 40 of 120 examples that were not evaluated counted as lost" in first.reason
     cluster.feed("acme/a", rows(60, "more"), rows(90, "held more"))
     questions.clear()
     held = only(cluster.run())

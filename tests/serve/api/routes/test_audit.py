@@ -11,9 +11,10 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from loramill.registry import api_keys, audit, jobs
+from loramill.registry import adapters, api_keys, audit, jobs
 from loramill.types import AuditRecord
 
+from ....loramill.registry.waiting_challengers import ask
 from ....waiting import eventually
 from .adapters.test_adapter_imports import form
 
@@ -100,6 +101,13 @@ def _rating(stage: Stage, completion: str) -> httpx.Response:
     return stage.own.post("/v1/feedback", json={"completion_id": completion, "rating": "good"})
 
 
+def _approving(stage: Stage) -> httpx.Response:
+    with stage.site.registry.writing() as session:
+        found = adapters.get(session, f"{stage.tenant}/a")
+        waiting = ask(session, f"{stage.tenant}/a", found.challenger, found.champion)
+    return stage.own.post(f"/v1/adapters/{stage.tenant}/a/approval", json={"run": waiting.run, "decision": "approve"})
+
+
 #: How each endpoint is called, its action in the audit, and whether an admin calls it.
 CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
     "POST /v1/tenants": (lambda s: s.admin.post("/v1/tenants", json={"name": f"{s.tenant}-b"}), "tenant.create", True),
@@ -182,6 +190,7 @@ CALLS: dict[str, tuple[Callable[[Stage], httpx.Response], str, bool]] = {
         "adapter.promote",
         False,
     ),
+    "POST /v1/adapters/*/*/approval": (_approving, "adapter.approve", False),
     "POST /v1/adapters/*/*/rollback": (_rolling_back, "adapter.rollback", False),
     "POST /v1/adapters/*/*/pin": (lambda s: s.own.post(f"/v1/adapters/{s.tenant}/a/pin"), "adapter.pin", False),
     "POST /v1/adapters/*/*/canary": (
