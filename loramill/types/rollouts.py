@@ -41,7 +41,10 @@ class WatchLimits(FrozenModel):
         default=0.1, ge=0, le=1, description="By how much the fraction of good ratings may fall."
     )
     max_latency_ratio: float = Field(
-        default=1.5, ge=1, description="Largest ratio of the time per answer to that of the version before."
+        default=1.5,
+        ge=1,
+        allow_inf_nan=False,
+        description="Largest ratio of the time per answer to that of the version before.",
     )
 
 

@@ -18,6 +18,8 @@ from loramill.pipelines.nightly.definition.combinations import tokens
 
 #: `${NAME}` in a text, replaced by an environment variable when the text is used.
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+#: A time after the year 9999 can't be computed, and no one waits that long.
+_LONGEST = timedelta(days=3650)
 #: The time does not matter where only the expression is checked.
 _SOME_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -43,9 +45,12 @@ def _read_duration(value: object) -> object:
     if not isinstance(value, str):
         raise ValueError(f"must be a duration such as {DURATION_EXAMPLES}")
     try:
-        return timedelta(seconds=parse_duration(value))
-    except ValueError as error:
+        found = timedelta(seconds=parse_duration(value))
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"must be a duration such as {DURATION_EXAMPLES}") from error
+    if found > _LONGEST:
+        raise ValueError(f"must be a duration of at most {format_duration(_LONGEST.total_seconds())}")
+    return found
 
 
 def _in_list(value: object) -> object:
@@ -60,7 +65,9 @@ def _check_glob(value: str) -> str:
     return value
 
 
-def _check_placeholders(value: str) -> str:
+def _check_location(value: str) -> str:
+    if not value.strip():
+        raise ValueError("may not be empty")
     unknown = set(re.findall(r"\{(.*?)\}", value)) - {"tenant", "adapter"}
     if unknown:
         raise ValueError(f"may not contain {{{min(unknown)}}}: only {{tenant}} and {{adapter}} are replaced")
@@ -86,7 +93,7 @@ def _check_timezone(value: str) -> str:
 
 
 def _check_web_url(value: str) -> str:
-    if not re.match(r"(https?://\S+|\$\{)", value):
+    if not re.fullmatch(r"(https?://[^\s/]|\$\{\w+\})\S*", value):
         raise ValueError("must be a URL that begins with http:// or https://, or an environment variable as ${NAME}")
     return value
 
@@ -124,6 +131,6 @@ Timezone = Annotated[str, AfterValidator(_check_timezone)]
 #: A URL that may contain `${NAME}`: `expanded` returns what it stands for.
 WebUrl = Annotated[str, AfterValidator(_check_web_url)]
 #: A path relative to the folder of nightly.yaml, or a URL; may contain {tenant} and {adapter}.
-Location = Annotated[str, AfterValidator(_check_placeholders), AfterValidator(_resolve_location)]
+Location = Annotated[str, AfterValidator(_check_location), AfterValidator(_resolve_location)]
 #: `package.module:function`, or a file's path and `:function`; the path is relative to the folder of nightly.yaml.
 PythonFunction = Annotated[str, AfterValidator(_resolve_function)]

@@ -25,6 +25,7 @@ _WORDS = {
     "float_type": "must be a number",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
+    "int_parsing_size": "has too many digits",
     "int_type": "must be a whole number",
     "model_attributes_type": "must contain keys with values",
     "model_type": "must contain keys with values",

@@ -42,6 +42,18 @@ def _check_prompt(value: str) -> str:
     return value
 
 
+def _check_positive(value: timedelta) -> timedelta:
+    if not value:
+        raise ValueError("must be longer than 0s")
+    return value
+
+
+def _check_options(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(value.keys() & {"model", "messages", "stream", "n"}):
+        raise ValueError(f"may not contain {taken[0]}, which is set already")
+    return value
+
+
 class JudgeDefinition(FrozenModel):
     """A language model that scores answers, behind any endpoint in OpenAI's format."""
 
@@ -55,7 +67,7 @@ class JudgeDefinition(FrozenModel):
     api_key: Annotated[str, AfterValidator(_check_variable)] | None = Field(
         default=None, description="API key, as ${NAME}: the environment variable that contains it."
     )
-    options: dict[str, Any] = Field(
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(
         default={"temperature": 0},
         description="Further fields of the requests, such as {reasoning_effort: low, max_completion_tokens: 500}.",
     )
@@ -74,8 +86,9 @@ class EvaluateDefinition(FrozenModel):
         description="A Python function for the metric `scorer`, as package.module:function or folder/file.py:function. "
         "It gets the question, the reference and the answer, and returns 0 to 1. It runs in a process of its own.",
     )
-    scorer_time_limit: Duration = Field(
-        default=timedelta(minutes=2), description="Time that the scorer has for a chunk of an adapter's answers."
+    scorer_time_limit: Annotated[Duration, AfterValidator(_check_positive)] = Field(
+        default=timedelta(minutes=2),
+        description="Time that the scorer has for a chunk of an adapter's answers.",
     )
     judge: JudgeDefinition | None = Field(default=None, description="The model for the metric `judge`.")
     slices_by: str | None = Field(

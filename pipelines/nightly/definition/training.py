@@ -216,7 +216,10 @@ class BudgetDefinition(FrozenModel):
 
     wall_time: Duration | None = Field(default=None, description="Time since the run began. Unset: unlimited.")
     gpu_seconds: float | None = Field(
-        default=None, gt=0, description="Seconds of training, times GPUs (on a CPU: times sessions). Unset: unlimited."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds of training, times GPUs (on a CPU: times sessions). Unset: unlimited.",
     )
     tokens: int | None = Field(default=None, gt=0, description="Tokens that are trained on. Unset: unlimited.")
 

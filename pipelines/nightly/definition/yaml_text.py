@@ -6,8 +6,9 @@ Plain words are read as in YAML 1.2's core schema: `on`, `no` and `1:30` are tex
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import yaml
@@ -17,6 +18,11 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 #: Depth of nightly.yaml is 5; an anchor inside itself has no end.
 _MAX_DEPTH = 20
+#: An override for each of 1000 adapters has 10,000 values; nine lines of aliases to aliases stand for 10^9, which fill
+#: the memory of any machine.
+_MAX_VALUES = 100_000
+#: Python refuses to read integers of more than 4300 digits; longer ones than this stay text.
+_MAX_DIGITS = 100
 
 
 class YamlFault(Exception):
@@ -54,7 +60,7 @@ def read_yaml(text: str) -> YamlText:
     """Reads a YAML text.
 
     Raises:
-        YamlFault: it is not YAML, has a key twice, or is nested without end.
+        YamlFault: it is not YAML, has a key twice, is nested without end, or has more than `_MAX_VALUES` values.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -63,7 +69,9 @@ def read_yaml(text: str) -> YamlText:
         raise YamlFault(mark.line + 1 if mark else 1, _reason(error, text)) from error
     except yaml.YAMLError as error:
         raise YamlFault(1, str(error)) from error
-    return YamlText(None if root is None else _value(root, 0), root)
+    except RecursionError as error:  # 3000 brackets in a row
+        raise YamlFault(1, "the values are nested too deeply") from error
+    return YamlText(None if root is None else _value(root, 0, count(1)), root)
 
 
 def _reason(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -76,7 +84,12 @@ def _reason(error: yaml.MarkedYAMLError, text: str) -> str:
     return str(error.problem or error)
 
 
-def _value(node: yaml.Node, depth: int) -> Any:
+def _value(node: yaml.Node, depth: int, number: Iterator[int]) -> Any:
+    """The value of a node; `number` counts the values, and those of an alias each time it is used."""
+    if next(number) > _MAX_VALUES:
+        raise YamlFault(
+            node.start_mark.line + 1, f"the file stands for more than {_MAX_VALUES} values, with its aliases"
+        )
     if depth > _MAX_DEPTH:
         raise YamlFault(node.start_mark.line + 1, "the values are nested too deeply")
     if isinstance(node, yaml.MappingNode):
@@ -87,10 +100,10 @@ def _value(node: yaml.Node, depth: int) -> Any:
                 raise YamlFault(line, "a key must be a word")
             if key.value in values:
                 raise YamlFault(line, f"the key {key.value} is there twice")
-            values[key.value] = _value(each, depth + 1)
+            values[key.value] = _value(each, depth + 1, number)
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_value(each, depth + 1) for each in node.value]
+        return [_value(each, depth + 1, number) for each in node.value]
     return _scalar(node)
 
 
@@ -100,6 +113,8 @@ def _scalar(node: yaml.Node) -> Any:
         return text
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    if len(text) > _MAX_DIGITS:
+        return text
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(text) if _NUMBER.fullmatch(text) else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,7 @@ def test_globs_that_match_in_too_many_ways_are_refused() -> None:
         ("split: {}\nsplit: {}\n", "nightly.yaml:2: the key split is there twice"),
         ("a: [", "nightly.yaml:1: "),
         ("a: &x [*x]", "nested too deeply"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("? [a]\n: b\n", "nightly.yaml:1: a key must be a word"),
         ("a: \x07\n", "nightly.yaml:1: "),
         ("a: *missing\n", "nightly.yaml:1: "),
@@ -345,6 +347,39 @@ overrides:
         NightlyDefinition.model_validate_json(found.model_dump_json()),
     ):
         assert again == found and again.for_adapter("acme/sales") == sales
+
+
+def test_aliases_to_aliases_are_refused_before_they_fill_the_memory() -> None:
+    levels = "".join(f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n" for below, name in pairwise("abcdefghi"))
+    assert "nightly.yaml:1: the file stands for more than 100000 values" in problem(
+        f"a: &a [{', '.join('x' * 10)}]\n{levels}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("budget: {tokens: %s}\n" % ("9" * 5000), "budget.tokens has too many digits"),
+        ("budget: {gpu_seconds: 1e400}\n", "budget.gpu_seconds must be a finite number"),
+        ("watch: {max_latency_ratio: inf}\n", "watch.max_latency_ratio must be a finite number"),
+        (
+            "budget: {wall_time: 999999999d}\n",
+            "budget.wall_time must be a duration of at most 3650d; it is '999999999d'.",
+        ),
+        ("watch: {window: 9999999d}\n", "watch.window must be a duration of at most 3650d; it is '9999999d'."),
+        ("evaluate: {scorer_time_limit: 0s}\n", "evaluate.scorer_time_limit must be longer than 0s; it is '0s'."),
+        ("evaluate: {golden: ''}\n", "evaluate.golden may not be empty; it is ''."),
+        ("sources: [{url: ' ', adapters: a/b}]\n", "sources.1.url may not be empty; it is ' '."),
+        ("notify: {webhook: 'http://a b'}\n", "must be a URL that begins with http://"),
+        ("notify: {webhook: '${}'}\n", "must be a URL that begins with http://"),
+        (
+            "evaluate: {judge: {url: http://x/v1, model: m, options: {stream: true}}}\n",
+            "evaluate.judge.options may not contain stream, which",
+        ),
+    ],
+)
+def test_values_that_no_run_could_use_are_refused(text: str, reason: str) -> None:
+    assert reason in problem(text)
 
 
 def test_secrets_are_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:

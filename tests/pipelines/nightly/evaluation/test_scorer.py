@@ -45,6 +45,12 @@ def test_a_scorer_may_be_in_a_package(tmp_path: Path, monkeypatch: pytest.Monkey
     assert score_with("ours.scores:length", answered("a"), MINUTE) == [0.5]
 
 
+@pytest.mark.parametrize("result", ["numpy.float32(0.5)", "numpy.bool_(True)", "numpy.array(0.5)"])
+def test_a_scorer_may_return_numbers_of_numpy(tmp_path: Path, result: str) -> None:
+    (score,) = score_with(scorer(tmp_path, f"import numpy; return {result}"), answered("a"), MINUTE)
+    assert score == (1.0 if "True" in result else 0.5)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
