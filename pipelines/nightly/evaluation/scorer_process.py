@@ -35,7 +35,7 @@ def load_function(target: str) -> Callable[..., Any]:
 def score(function: Callable[..., Any], item: dict[str, Any]) -> dict[str, Any]:
     """The score of one answer, or why there is none."""
     found = function(item["question"], item["reference"], item["answer"])
-    if hasattr(found, "item"):  # a number of NumPy or torch: float32 and bool_ are no numbers of Python's
+    if hasattr(found, "item"):  # of NumPy or torch, whose float32 and bool_ Python does not count as numbers
         found = found.item()
     if not isinstance(found, int | float) or not math.isfinite(found) or not 0 <= found <= 1:
         return {"error": f"it returned {found!r:.100}, which is not a number from 0 to 1"}

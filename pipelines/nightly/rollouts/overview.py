@@ -13,6 +13,8 @@ from loramill.types.rollouts import bucket_seconds, median_bucket
 
 #: State of a rollout that has not ended; the others are the names of `RolloutOutcome`.
 UNDER_WAY = "under way"
+#: ID of no nightly run, to find the rollouts that are open whatever started them.
+_NO_RUN = ""
 #: Runs that are searched for the one before.
 _SEARCHED_RUNS = 60
 
@@ -49,16 +51,18 @@ class RolloutOverview(FrozenModel):
     compared: VersionSignals | None = Field(description="Answers of the version it is compared with.")
 
 
-def rollouts_around(session: Session, run: NightlyRun, now: float) -> list[RolloutOverview]:
+def rollouts_around(session: Session, run: NightlyRun | None, now: float) -> list[RolloutOverview]:
     """Returns the rollouts that a run started, and those that were under way between the run before and its end.
 
-    Those under way come first, and then the newest.
+    Without a run, those are returned that are under way now. Those under way come first, and then the newest.
     """
-    before = [
-        each.created_at for each in nightly.list_runs(session, _SEARCHED_RUNS) if each.created_at < run.created_at
-    ]
-    until = now if run.finished_at is None else run.finished_at
-    found = records.list_around(session, run.id, since=max(before, default=run.created_at), until=until)
+    if run is None:
+        found = records.list_around(session, _NO_RUN, since=now, until=now)
+    else:
+        began = [each.created_at for each in nightly.list_runs(session, _SEARCHED_RUNS)]
+        since = max((each for each in began if each < run.created_at), default=run.created_at)
+        until = now if run.finished_at is None else run.finished_at
+        found = records.list_around(session, run.id, since=since, until=until)
     shown = [rollout_overview(each, now) for each in traffic.measured_all(session, found)]
     return sorted(shown, key=lambda each: each.ended_at is not None)
 

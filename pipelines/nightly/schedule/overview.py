@@ -64,7 +64,8 @@ def schedule_overview(registry: Registry, settings: Settings, now: float | None 
         state = nightly_schedule.schedule_state(session, now)
         run = state.last_run
         waiting = nightly_approvals.list_waiting(session)
-        rollouts = () if run is None else rollouts_around(session, run.model_copy(update={"finished_at": None}), now)
+        latest = None if run is None else run.model_copy(update={"finished_at": None})
+        rollouts = rollouts_around(session, latest, now)
     last = state.last_time
     since = max(last.scheduled_at if last else now, run.created_at if run else 0.0)
     return ScheduleOverview(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +89,14 @@ def test_the_next_run_lists_what_ended_since_the_last_one(registry: Registry) ->
         ("acme/a", "rolled back"),
     ]
     assert [each.adapter for each in shown[third.id]] == ["acme/b"]
+
+
+def test_a_canary_by_hand_is_listed_before_the_first_run(registry: Registry) -> None:
+    with registry.writing() as session:
+        for name in ("acme/a", "acme/b"):
+            moves.start_canary(session, name, share=0.2, policy=POLICY, promote_at_end=False, now=time.time())
+        moves.end_canary(session, "acme/b", "ended by hand")
+    with registry.reading() as session:
+        assert [(each.adapter, each.state) for each in rollouts_around(session, None, time.time())] == [
+            ("acme/a", UNDER_WAY)
+        ]
