@@ -32,7 +32,6 @@ from loramill.names import AdapterName
 from loramill.plural import counted
 
 if TYPE_CHECKING:
-    from loramill.pipelines.nightly.report.publish import PublishedReport
     from loramill.registry import Registry
     from loramill.types import NightlyRun, NightlyStep
 
@@ -59,7 +58,7 @@ def run(
     on the run, this one leaves it to that process and exits with 0.
     """
     from loramill.pipelines.nightly.outcome import succeeded
-    from loramill.pipelines.nightly.report.publish import publish_run
+    from loramill.pipelines.nightly.report.publish import PublishedReport, publish_run
     from loramill.pipelines.nightly.run import run_nightly
 
     settings, registry = open_registry()

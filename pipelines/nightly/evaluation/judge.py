@@ -34,8 +34,10 @@ AGAIN = "Reply with the number from 0 to 10 alone."
 CONCURRENCY, RETRIES = 16, 6
 #: Seconds for which one request may take.
 TIMEOUT = 120.0
-#: A number from 0 to 10, perhaps "of 10". The last one counts: a judge may reason first.
-_NUMBER = re.compile(r"(?<![\d.])(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*/\s*10)?(?!\d|\.\d)")
+#: A number from 0 to 10, perhaps "out of 10". The last one counts: a judge may reason first.
+_NUMBER = re.compile(
+    r"(?<![\d.])(?<!\s-)(?<!^-)(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*(?:/|(?:out )?of)\s*10)?(?!\d|\.\d)", re.IGNORECASE
+)
 _FIELD = re.compile(r"\{(question|reference|answer)\}")
 
 
@@ -97,9 +99,14 @@ async def _ask(client: AsyncOpenAI, definition: JudgeDefinition, messages: list[
         answer = await client.chat.completions.create(
             model=definition.model, messages=messages, extra_body=dict(definition.options)
         )
+        return (answer.choices[0].message.content or "") if answer.choices else ""
     except openai.APIError as error:
         raise _translated(error, definition) from error
-    return (answer.choices[0].message.content or "") if answer.choices else ""
+    except (AttributeError, TypeError, ValueError) as error:  # the client returns a web page as text
+        raise SettingsInvalid(
+            f"The judge {definition.model} at {definition.url} does not answer in OpenAI's format; correct "
+            "evaluate.judge.url in nightly.yaml, which usually ends in /v1."
+        ) from error
 
 
 def _translated(error: openai.APIError, definition: JudgeDefinition) -> LoramillError:

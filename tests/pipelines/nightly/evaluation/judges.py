@@ -24,7 +24,8 @@ class Judge:
 
 
 @contextmanager
-def judging(grade: Grade) -> Iterator[Judge]:
+def judging(grade: Grade, *, as_it_is: bool = False) -> Iterator[Judge]:
+    """Serves answers; `as_it_is`: as the texts that `grade` returns, not in OpenAI's format."""
     judge = Judge(grade)
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,9 +42,10 @@ def judging(grade: Grade) -> Iterator[Judge]:
                 "model": body["model"],
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             }
-            raw = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
+            formatted = json.dumps(answer if status == 200 else {"error": {"message": text}})
+            raw = (text if as_it_is else formatted).encode()
             self.send_response(status)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", "text/html" if text.startswith("<") else "application/json")
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)

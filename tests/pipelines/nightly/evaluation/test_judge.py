@@ -29,6 +29,10 @@ def answered(*answers: str) -> list[AnsweredExample]:
         ("7", 0.7),
         ("10", 1.0),
         ("Score: 8/10.", 0.8),
+        ("I rate it 8 out of 10.", 0.8),
+        ("6.5 of 10", 0.65),
+        ("Score: -5", None),
+        ("-5", None),
         ("The answer has 3 faults out of 12, so 4.5", 0.45),
         ("<think>perhaps 9</think>\n2", 0.2),
         ("0", 0.0),
@@ -103,3 +107,11 @@ def test_an_unreachable_judge_is_unavailable() -> None:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
     with pytest.raises(Unavailable, match="does not answer"):
         judge(JudgeDefinition(url=url, model="m"), answered("Red"), retries=0)
+
+
+@pytest.mark.parametrize("page", ["<html>log in</html>", "", "[]", '{"choices": [{}]}'])
+def test_an_endpoint_in_another_format_is_named_as_the_fault(page: str) -> None:
+    with judging(lambda _: (200, page), as_it_is=True) as server:
+        definition = JudgeDefinition(url=server.url, model="m")
+        with pytest.raises(SettingsInvalid, match=r"does not answer in OpenAI's format; correct evaluate\.judge\.url"):
+            judge(definition, answered("a"))
