@@ -16,6 +16,7 @@ from loramill.models.catalog import Base
 from loramill.names import AdapterName
 from loramill.pipelines.nightly.collection.fingerprint import Fingerprint, fingerprints
 from loramill.pipelines.nightly.collection.freeze import Freezer, collected_result, new_files
+from loramill.pipelines.nightly.collection.lengths import of_trainable_length
 from loramill.pipelines.nightly.collection.next_job import job_spec, starts_of
 from loramill.pipelines.nightly.collection.past import (
     Past,
@@ -112,6 +113,7 @@ def plan_training(
     found, waiting = check_files(new_files(session, artifacts, new_data), rules.min_pairs)
     nightly.release_files(session, run, name, waiting)
     checked = of_one_format(found, row_format(old[0]) if old else None)
+    checked = of_trainable_length(checked, base, past.job, rules.train.options)
     if (few := too_few_pairs(checked, rules.min_pairs)) is not None:
         return InsufficientData(few)
     checked = with_enough_pairs(checked, rules.min_pairs)

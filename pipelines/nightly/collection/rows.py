@@ -96,7 +96,7 @@ def check_rows(files: Iterable[NewFile]) -> CheckedRows:
             try:
                 example = read_row(row, line)
             except LineError as error:
-                bad.append(_quarantine(file.name, line, row, str(error)))
+                bad.append(quarantine(file.name, line, row, str(error)))
                 continue
             if example.kind == "supervised":
                 valid.append(NewRow(file.name, line, row, example, file.validation))
@@ -107,7 +107,7 @@ def check_rows(files: Iterable[NewFile]) -> CheckedRows:
                     "it is an answer with a label, which nightly runs do not train on; write a better and a worse "
                     "answer as prompt, chosen and rejected."
                 )
-                bad.append(_quarantine(file.name, line, row, reason))
+                bad.append(quarantine(file.name, line, row, reason))
     return CheckedRows(tuple(valid), tuple(bad))
 
 
@@ -130,7 +130,7 @@ def of_one_format(checked: CheckedRows, trained: RowFormat | None) -> CheckedRow
         else "it has messages, but the adapter's other examples have prompt and completion; use one format."
     )
     others = [
-        _quarantine(row.file, row.line, row.raw, reason) for row in checked.valid if row.example.format != expected
+        quarantine(row.file, row.line, row.raw, reason) for row in checked.valid if row.example.format != expected
     ]
     return CheckedRows(kept, (*checked.bad, *others))
 
@@ -173,7 +173,7 @@ def with_enough_pairs(checked: CheckedRows, minimum: int) -> CheckedRows:
     if not pairs or len(pairs) >= minimum:
         return checked
     reason = f"it is one of {counted(len(pairs), 'preference pair')}, and feedback.min_pairs is {minimum}; add others."
-    few = [_quarantine(row.file, row.line, row.pair or row.raw, reason) for row in pairs]
+    few = [quarantine(row.file, row.line, row.pair or row.raw, reason) for row in pairs]
     return CheckedRows(tuple(row for row in checked.valid if row.pair is None), (*checked.bad, *few))
 
 
@@ -207,7 +207,7 @@ def quarantine_file(bad: Sequence[QuarantinedRow]) -> bytes:
     return b"".join(json.dumps(row.model_dump(), ensure_ascii=False).encode() + b"\n" for row in bad)
 
 
-def _quarantine(file: str, line: int, row: bytes, reason: str) -> QuarantinedRow:
+def quarantine(file: str, line: int, row: bytes, reason: str) -> QuarantinedRow:
     found = _FIELD.match(reason)
     text = row.decode("utf-8", "backslashreplace")
     return QuarantinedRow(file=file, line=line, field=found[1] if found else None, reason=reason, row=text)

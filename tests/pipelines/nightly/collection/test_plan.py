@@ -300,3 +300,26 @@ def test_another_rank_needs_new_weights(registry: Registry, base: Base) -> None:
 def test_new_weights_may_have_another_rank(registry: Registry, base: Base) -> None:
     champion(registry, base)
     assert (planned(registry, base, "fresh", rank=16)["spec"]["rank"]) == 16
+
+
+def test_a_row_that_no_job_can_read_is_quarantined_not_fatal(registry: Registry, base: Base) -> None:
+    long = row("word " * 2000, "long")
+    answers = {
+        kind: [{"role": "assistant", "content": text}] for kind, text in (("chosen", "a"), ("rejected", "b " * 2000))
+    }
+    pair = {"prompt": [{"role": "user", "content": "which?"}]} | answers
+    plan = collected(registry, base, [*NEW[:20], long, *NEW[20:], json.dumps(pair).encode()], None)
+    assert plan["counts"]["quarantined"] == 2 and long not in rows_of(registry, plan["spec"]["train"])
+    first, second = plan["quarantine"]["reasons"]
+    assert first.startswith("rows.jsonl, line 21: it has 2") and "the limit is 1024; shorten it" in first
+    assert second.startswith("rows.jsonl, line 42: with its rejected answer it has 2")
+
+
+def test_the_limit_of_a_row_is_that_of_the_job(registry: Registry, base: Base) -> None:
+    medium = row("word " * 300, "medium")
+    champion(registry, base, max_length=200)
+    assert collected(registry, base, [*NEW, medium], None)["counts"]["quarantined"] == 1
+    longer = TrainDefinition.model_validate({"options": {"max_length": 600}})
+    again = [row(f"another question {i}", "new") for i in range(40)]
+    rules = CollectionRules(train=longer)
+    assert collected(registry, base, [*again, medium], None, rules)["counts"]["quarantined"] == 0
